@@ -1,0 +1,122 @@
+"""Arithmetic of boxes: clipping, area bands, and the window that is cut out around a box.
+
+A *box* is ``(x0, y0, x1, y1)`` in pixels of the original image, real numbers; COCO's ``bbox`` is ``[x, y, w, h]``.
+A *window* is ``(x0, y0, x1, y1)`` in whole pixels, right and bottom excluded, and may leave the image: there the
+pixels wrap around (`mal.crops.cut`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+BANDS = ("small", "medium", "large")
+SMALL_BELOW = 32.0**2
+"""Box areas below this are small (px^2)."""
+LARGE_FROM = 96.0**2
+"""Box areas from this on are large (px^2); what is between is medium."""
+
+
+class Box(NamedTuple):
+    """Corners of a box in pixels of the original image."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+class Window(NamedTuple):
+    """A rectangle of whole pixels, right and bottom excluded; may leave the image."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def width(self) -> int:
+        return self.x1 - self.x0
+
+    @property
+    def height(self) -> int:
+        return self.y1 - self.y0
+
+
+def from_xywh(bbox: Sequence[float]) -> Box:
+    """COCO ``[x, y, w, h]`` to corners."""
+    x, y, w, h = bbox
+    return Box(float(x), float(y), float(x) + float(w), float(y) + float(h))
+
+
+def to_xywh(box: Box) -> list[float]:
+    """Corners to COCO ``[x, y, w, h]``."""
+    return [box.x0, box.y0, box.x1 - box.x0, box.y1 - box.y0]
+
+
+def clip(box: Box, width: int, height: int) -> Box | None:
+    """The part of ``box`` inside an image of ``width`` x ``height`` pixels; None if there is none."""
+    x0, y0 = max(box.x0, 0.0), max(box.y0, 0.0)
+    x1, y1 = min(box.x1, float(width)), min(box.y1, float(height))
+    return Box(x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+
+def area(box: Box) -> float:
+    """Area in px^2."""
+    return (box.x1 - box.x0) * (box.y1 - box.y0)
+
+
+def band_index(areas: NDArray[np.float64] | Sequence[float]) -> NDArray[np.int64]:
+    """Band of each box area: 0 small, 1 medium, 2 large. Every area has exactly one band (REFERENCE section 3)."""
+    return np.digitize(np.asarray(areas, dtype=np.float64), [SMALL_BELOW, LARGE_FROM]).astype(np.int64)
+
+
+def band(box_area: float) -> str:
+    """Name of the band of one box area."""
+    return BANDS[int(band_index([box_area])[0])]
+
+
+def outer_pixels(box: Box, width: int, height: int) -> Window:
+    """The smallest window of whole pixels that holds ``box``, within the image: no mask pixel may lie outside it."""
+    return Window(
+        max(math.floor(box.x0), 0),
+        max(math.floor(box.y0), 0),
+        min(math.ceil(box.x1), width),
+        min(math.ceil(box.y1), height),
+    )
+
+
+def test_window(box: Box, margin_rate: Sequence[float] = (0.6, 0.6)) -> Window:
+    """The window of evaluation and inference: every half-extent times ``1 + 0.5 * margin_rate[0]``."""
+    return _window(box, (0.5 * margin_rate[0],) * 4)
+
+
+def train_window(box: Box, margin_rate: Sequence[float], rng: np.random.Generator) -> Window:
+    """A random window of training: a margin per side, uniform in ``margin_rate``, times a gate per axis.
+
+    The gate ``g`` (left, top) and ``1 - g`` (right, bottom) is uniform in [0, 1], so a box is not always centred.
+    """
+    low, high = margin_rate
+    left, top, right, bottom = rng.uniform(low, high, 4)
+    gate_x, gate_y = rng.uniform(0.0, 1.0, 2)
+    return _window(box, (left * gate_x, top * gate_y, right * (1.0 - gate_x), bottom * (1.0 - gate_y)))
+
+
+def _window(box: Box, margins: Sequence[float]) -> Window:
+    """Grow ``box`` about its centre by ``margins`` (left, top, right, bottom; parts of the half-extent), make it whole.
+
+    One is added on the right and bottom before rounding outwards (paper's code, REFERENCE section 2).
+    """
+    centre_x, centre_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    half_w, half_h = (box.x1 - box.x0) / 2, (box.y1 - box.y0) / 2
+    left, top, right, bottom = margins
+    return Window(
+        math.floor(centre_x - half_w * (1 + left)),
+        math.floor(centre_y - half_h * (1 + top)),
+        math.ceil(centre_x + half_w * (1 + right) + 1),
+        math.ceil(centre_y + half_h * (1 + bottom) + 1),
+    )
