@@ -1,0 +1,215 @@
+"""Reading and writing of files on a local disk, S3 or Google Cloud Storage, all through ``pyarrow.fs``.
+
+A path is a local path (``/data/x``, ``x``, ``~/x``) or a URI (``s3://bucket/key``, ``gs://bucket/key``). Credentials
+and endpoints come from the environment (``AWS_*``, ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``), never
+from a path. Nothing is written in place: a reader sees the whole new file or the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from mal.errors import StorageError
+
+_REMOTE_ATTEMPTS = 8
+_SPOOL_BYTES = 64 * 2**20
+_PART = ".part"
+"""Ending of temporary names; `list_files` does not show them."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether ``path`` is a URI of an object store."""
+    return "://" in path and not path.startswith("file://")
+
+
+def local_path(path: str) -> Path | None:
+    """The path on this machine's disk; None if it is remote."""
+    if is_remote(path):
+        return None
+    return Path(path.removeprefix("file://")).expanduser()
+
+
+def absolute(path: str) -> str:
+    """The same file, named independently of the working directory (workers and jobs have another one)."""
+    local = local_path(path)
+    return path if local is None else os.path.abspath(local)
+
+
+def join(base: str, *parts: str) -> str:
+    """``base/part/...``; the query of a URI stays at its end."""
+    base, question, query = base.partition("?") if is_remote(base) else (base, "", "")
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + question + query
+
+
+def parent(path: str) -> str:
+    """The folder that holds ``path``."""
+    head, question, query = path.partition("?") if is_remote(path) else (path, "", "")
+    folder = head.rstrip("/").rpartition("/")[0]
+    return (folder or ("/" if head.startswith("/") else ".")) + question + query
+
+
+def name(path: str) -> str:
+    """The last part of ``path``."""
+    head = path.partition("?")[0] if is_remote(path) else path
+    return head.rstrip("/").rpartition("/")[2]
+
+
+@functools.lru_cache(maxsize=64)
+def _remote_filesystem(scheme: str, authority: str, query: str) -> pafs.FileSystem:
+    """One client per bucket and process: it holds the connections. ``query``: pyarrow's options, if any."""
+    if scheme == "s3" and not query:
+        return pafs.S3FileSystem(retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REMOTE_ATTEMPTS))
+    uri = f"{scheme}://{authority}/x" + (f"?{query}" if query else "")
+    return pafs.FileSystem.from_uri(uri)[0]
+
+
+def resolve(path: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path in it.
+
+    Raises:
+        StorageError: the scheme is unknown or its client cannot be made.
+    """
+    local = local_path(path)
+    if local is not None:
+        return pafs.LocalFileSystem(), os.path.abspath(local)
+    scheme, _, rest = path.partition("://")
+    rest, _, query = rest.partition("?")
+    if scheme not in ("s3", "gs"):
+        raise StorageError(f"{path}: unknown kind of storage '{scheme}://'; use a local path, s3:// or gs://")
+    with _explained(path, "reach"):
+        return _remote_filesystem(scheme, rest.partition("/")[0], query), rest.rstrip("/")
+
+
+@contextlib.contextmanager
+def _explained(path: str, verb: str) -> Iterator[None]:
+    """Turn errors of the operating system and of pyarrow into a StorageError that names the path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: cannot {verb} it, there is no such file or folder") from error
+    except (OSError, pa.ArrowException) as error:
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip()
+        raise StorageError(f"{path}: cannot {verb} it: {reason}") from error
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder."""
+    filesystem, inner = resolve(path)
+    with _explained(path, "look up"):
+        return filesystem.get_file_info(inner).type != pafs.FileType.NotFound
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder."""
+    filesystem, inner = resolve(path)
+    with _explained(path, "look up"):
+        return filesystem.get_file_info(inner).type == pafs.FileType.Directory
+
+
+def size(path: str) -> int:
+    """Bytes of a file. Raises StorageError if there is none."""
+    filesystem, inner = resolve(path)
+    with _explained(path, "read"):
+        info = filesystem.get_file_info(inner)
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(path)
+        return int(info.size)
+
+
+def open_read(path: str) -> pa.NativeFile:
+    """Open for reading at any place. Raises StorageError if it cannot be read."""
+    filesystem, inner = resolve(path)
+    with _explained(path, "read"):
+        return filesystem.open_input_file(inner)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole content."""
+    with open_read(path) as file, _explained(path, "read"):
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_write(path: str) -> Iterator[BinaryIO]:
+    """Open for writing; the file appears under its name when the block ends well, and not at all otherwise.
+
+    Local: a temporary file beside it, flushed to disk, then renamed. Remote: spooled here (in memory up to 64 MiB,
+    then on disk), then uploaded; an object store shows an object only when its upload is complete.
+    """
+    filesystem, inner = resolve(path)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
+            yield cast(BinaryIO, spool)
+            spool.seek(0)
+            with _explained(path, "write"), filesystem.open_output_stream(inner) as out:
+                shutil.copyfileobj(spool, out, 8 * 2**20)
+        return
+    target = Path(inner)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_PART}")
+    try:
+        with _explained(path, "write"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write ``data`` as the file's whole content, atomically."""
+    with open_write(path) as file:
+        file.write(data)
+
+
+def append_line(path: str, line: str) -> None:
+    """Add one line to a log. Object stores cannot append: there the file is written anew (keep such logs short)."""
+    data = line.rstrip("\n").encode() + b"\n"
+    local = local_path(path)
+    if local is None:
+        write_bytes(path, (read_bytes(path) if exists(path) else b"") + data)
+        return
+    with _explained(path, "write"):
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with open(local, "ab") as file:
+            file.write(data)
+
+
+def delete(path: str) -> None:
+    """Delete a file or a folder with all it holds; no error if there is none."""
+    filesystem, inner = resolve(path)
+    with _explained(path, "delete"):
+        kind = filesystem.get_file_info(inner).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(inner)
+        elif kind != pafs.FileType.NotFound:
+            filesystem.delete_file(inner)
+
+
+def list_files(folder: str) -> list[str]:
+    """Names of the files right in ``folder``, sorted; empty if there is no such folder. Temporary ones are left out."""
+    filesystem, inner = resolve(folder)
+    with _explained(folder, "list"):
+        infos = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+    return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and not i.base_name.endswith(_PART))
+
+
+def make_folder(path: str) -> None:
+    """Make a folder and those above it; no error if it is there. Object stores need none."""
+    local = local_path(path)
+    if local is not None:
+        with _explained(path, "make"):
+            local.mkdir(parents=True, exist_ok=True)
