@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from pycocotools import mask as coco_mask
 
-from mal import storage
+from mal import masks, storage
+from mal.boxes import Window
 from mal.data import shapes
 from mal.errors import InputError
 
@@ -91,15 +91,18 @@ def write_scenes(folder: str, *, images: int, seed: int, size: tuple[int, int] =
 
 def _annotation(annotation_id: int, image_id: int, item: SceneObject) -> dict[str, Any]:
     """The COCO annotation of one object."""
-    rle = coco_mask.encode(np.asfortranarray(item.mask.astype(np.uint8)))
+    height, width = item.mask.shape
+    rows, columns = (np.flatnonzero(item.mask.any(axis=axis)) for axis in (1, 0))
+    window = Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    inside = item.mask[window.y0 : window.y1, window.x0 : window.x1]
     return {
         "id": annotation_id,
         "image_id": image_id,
         "category_id": item.category_id,
-        "bbox": [float(v) for v in coco_mask.toBbox(rle)],
-        "area": int(coco_mask.area(rle)),
+        "bbox": [window.x0, window.y0, window.width, window.height],
+        "area": int(inside.sum()),
         "iscrowd": 0,
-        "segmentation": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},
+        "segmentation": masks.rle(masks.encode(inside, window, height, width), height, width),
     }
 
 
