@@ -1,0 +1,1 @@
+"""What goes into the network: COCO files, the index of boxes, images, rendered scenes."""
