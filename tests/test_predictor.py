@@ -1,0 +1,279 @@
+"""The predictor against the plain reference of every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+
+from mal import boxes, crops, masks, predictor
+from mal.boxes import Box
+from mal.errors import SpecError
+from mal.predictor import IMAGENET_MEAN, IMAGENET_STD, BoxItem, Predictor
+
+SIZE = 64
+
+
+class Brightness(nn.Module):
+    """Logits that depend on the crop, its position and the box's area: a stand-in for the network."""
+
+    def __init__(self, channel: int = 0, keep_channel: bool = False) -> None:
+        super().__init__()
+        self.channel, self.keep_channel = channel, keep_channel
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images: Tensor, areas: Tensor) -> Tensor:
+        assert images.is_contiguous()
+        assert not self.training
+        small = F.avg_pool2d(images[:, self.channel : self.channel + 1], 4)
+        ramp = torch.linspace(-1, 1, small.shape[-1])
+        logits = self.gain * small + ramp + (areas > 100)[:, None, None, None]
+        return logits if self.keep_channel else logits[:, 0]
+
+
+class Fixed(nn.Module):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, images: Tensor, areas: Tensor) -> Tensor:
+        return self.logits.expand(len(images), *self.logits.shape)
+
+
+def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with some sharp edges."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    image = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+    image[height // 3 : height // 2, width // 4 : width // 2] = 255
+    return image
+
+
+def plain_masks(logits: Tensor, item: BoxItem, threshold: float, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """REFERENCE section 5 word by word, with image-sized arrays: the mask, and pixels too close to the threshold."""
+    height, width = item.image.shape[:2]
+    window = boxes.test_window(item.box)
+    crop = F.interpolate(logits[None, None], (size, size), mode="bilinear").sigmoid()
+    crop = crop * torch.from_numpy(crops.box_mask(window, item.box, width, height, size))
+    probability = F.interpolate(crop, (window.height, window.width), mode="bilinear")[0, 0].numpy()
+    image = np.zeros((height, width), dtype=np.float32)
+    crops.paste(image, probability, window)
+    allowed = boxes.outer_pixels(item.box, width, height)
+    inside = np.zeros((height, width), dtype=bool)
+    inside[allowed.y0 : allowed.y1, allowed.x0 : allowed.x1] = True
+    return (image > threshold) & inside, np.abs(image - threshold) < 1e-5
+
+
+@st.composite
+def clipped_boxes(draw: st.DrawFn, width: int, height: int) -> Box:
+    edges = [sorted(draw(st.tuples(st.floats(0, side), st.floats(0, side)))) for side in (width, height)]
+    (x0, x1), (y0, y1) = edges
+    box = boxes.clip(Box(x0, y0, max(x1, x0 + 0.01), max(y1, y0 + 0.01)), width, height)
+    return box if box is not None else Box(0, 0, width, height)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(4, 20), st.integers(1, 20), st.data())
+def test_masks_agree_with_the_plain_chain(
+    width: int, height: int, rows: int, columns: int, data: st.DataObject
+) -> None:
+    """Every size of image, box and logits, boxes at the border and below a pixel included."""
+    box = data.draw(clipped_boxes(width, height))
+    item = BoxItem(np.zeros((height, width, 3), dtype=np.uint8), box)
+    logits = 3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    (result,) = Predictor(Fixed(logits), crop_size=SIZE, mask_threshold=(0.3,)).predict([item])
+    expected, borderline = plain_masks(logits, item, 0.3)
+    got = masks.decode(result.counts, height, width).astype(bool)
+    assert not np.any((got != expected) & ~borderline)
+    assert result.area == got.sum()
+
+
+def test_mean_probability_is_of_the_mask() -> None:
+    item = BoxItem(photograph(40, 40), Box(10, 10, 30, 30))
+    (sure,) = Predictor(Fixed(torch.full((8, 8), 3.0)), crop_size=SIZE).predict([item])
+    (none,) = Predictor(Fixed(torch.full((8, 8), -9.0)), crop_size=SIZE).predict([item])
+    assert sure.mean_probability == pytest.approx(torch.tensor(3.0).sigmoid().item(), abs=0.02)
+    assert (none.area, none.mean_probability) == (0, 0.0)
+
+
+def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = BoxItem(photograph(90, 120), Box(3.3, 5.5, 110.2, 80.9))
+    predict = Predictor(Brightness(), crop_size=SIZE).predict
+    (whole,) = predict([item])
+    monkeypatch.setattr(predictor, "STRIP_PIXELS", 100)
+    (strips,) = predict([item])
+    assert (strips.counts, strips.area) == (whole.counts, whole.area)
+    assert strips.mean_probability == pytest.approx(whole.mean_probability, rel=1e-6)
+
+
+def crop_items() -> list[BoxItem]:
+    """Boxes inside, at borders, with windows beyond the image, enlarged, reduced, and narrow."""
+    image, large = photograph(60, 90), photograph(700, 300, seed=1)
+    return [
+        BoxItem(image, Box(20, 20, 50, 45)),
+        BoxItem(image, Box(0, 0, 90, 60)),
+        BoxItem(image, Box(85.5, 0, 90, 3)),
+        BoxItem(image, Box(40, 0.2, 41, 60)),
+        BoxItem(large, Box(0, 0, 300, 700)),
+        BoxItem(large, Box(10, 10, 40, 690)),
+        BoxItem(large, Box(2, 300, 298, 330)),
+    ]
+
+
+def denormalised(images: Tensor) -> np.ndarray:
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (255 * (images * std + mean)).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("size", [64, 200])
+def test_crops_agree_with_pillow(size: int) -> None:
+    items = crop_items()
+    batch = Predictor(Brightness(), crop_size=size).prepare(items)
+    for pixels, item in zip(denormalised(batch.images), items, strict=True):
+        assert_near(pixels, crops.resize(crops.cut(item.image, boxes.test_window(item.box)), size))
+    assert batch.areas.tolist() == [boxes.area(item.box) for item in items]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@settings(deadline=None)
+@given(st.integers(2, 200), st.integers(2, 200))
+def test_resize_agrees_with_pillow_in_uint8_and_in_floats(whole: bool, height: int, width: int) -> None:
+    """Floats are what a GPU computes with. No window is narrower than 2 pixels, where torch 2.15's float resize on the
+    CPU goes wrong."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    resized = predictor._resize(torch.from_numpy(pixels), SIZE, whole)
+    assert_near(resized.permute(1, 2, 0).numpy(), crops.resize(pixels, SIZE))
+
+
+def assert_near(pixels: np.ndarray, expected: np.ndarray) -> None:
+    difference = np.abs(pixels.astype(np.float64) - expected)
+    assert difference.max() < 2.01
+    assert difference.mean() < 0.5
+
+
+def test_read_only_images_are_accepted() -> None:
+    """Ray hands out read-only arrays, which torch warns of."""
+    image = photograph(50, 50)
+    frozen = image.copy()
+    frozen.flags.writeable = False
+    box = Box(10, 10, 40, 40)
+    predict = Predictor(Brightness(), crop_size=SIZE).predict
+    assert predict([BoxItem(frozen, box)]) == predict([BoxItem(image, box)])
+
+
+def test_a_box_gives_the_same_mask_alone_and_in_company() -> None:
+    items = crop_items()
+    predict = Predictor(Brightness(), crop_size=SIZE).predict
+    assert predict(items) == [predict([item])[0] for item in items]
+
+
+def test_logits_with_a_channel_are_accepted() -> None:
+    items = crop_items()
+    plain = Predictor(Brightness(), crop_size=SIZE).predict(items)
+    assert Predictor(Brightness(keep_channel=True), crop_size=SIZE).predict(items) == plain
+
+
+def test_flip_and_mix_are_means_of_logits() -> None:
+    one, two = Brightness(0), Brightness(1)
+    both = Predictor(one, crop_size=SIZE, flip=True, mix_with=two)
+    batch = both.prepare(crop_items())
+    mirrored = batch.images.flip(-1).contiguous()
+    with torch.no_grad():
+        parts = [net(batch.images, batch.areas) for net in (one, two)]
+        parts += [net(mirrored, batch.areas).flip(-1) for net in (one, two)]
+    torch.testing.assert_close(both.run(batch), torch.stack(parts).mean(0))
+
+
+def test_threshold_per_band() -> None:
+    """The same logits, probability about 0.5: only the band with a threshold below keeps its mask."""
+    image = photograph(300, 300)
+    items = [BoxItem(image, Box(50, 50, 50 + side, 50 + side)) for side in (20, 60, 150)]
+    flat = Fixed(torch.zeros(8, 8))
+    results = Predictor(flat, crop_size=SIZE, mask_threshold=(0.6, 0.1, 0.6)).predict(items)
+    assert [result.area > 0 for result in results] == [False, True, False]
+
+
+def test_bf16_changes_few_pixels() -> None:
+    items = crop_items()
+    exact = Predictor(nn_conv(), crop_size=SIZE, mask_threshold=(0.5,)).predict(items)
+    rough = Predictor(nn_conv(), crop_size=SIZE, mask_threshold=(0.5,), precision="bf16").predict(items)
+    for item, a, b in zip(items, exact, rough, strict=True):
+        height, width = item.image.shape[:2]
+        differ = masks.decode(a.counts, height, width) != masks.decode(b.counts, height, width)
+        assert differ.sum() <= 0.05 * boxes.area(item.box) + 3
+
+
+def nn_conv() -> nn.Module:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 1, 8, stride=4)
+
+        def forward(self, images: Tensor, areas: Tensor) -> Tensor:
+            logits = self.conv(images)
+            assert torch.is_autocast_enabled("cpu") == (logits.dtype == torch.bfloat16)
+            return 4 * logits
+
+    return Conv()
+
+
+def test_nothing_to_predict() -> None:
+    assert Predictor(Brightness(), crop_size=SIZE).predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"mask_threshold": (0.1, 0.2)}, "mask_thres"),
+        ({"mask_threshold": (1.5,)}, "mask_thres"),
+        ({"mask_threshold": ()}, "mask_thres"),
+        ({"margin_rate": (-0.1, 0.6)}, "test_margin_rate"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)
+def test_wrong_options_are_named(options: dict, named: str) -> None:
+    with pytest.raises(SpecError, match=named):
+        Predictor(Brightness(), crop_size=SIZE, **options)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("which", ["seg_logits", "seg_logits_2"])
+def test_masks_agree_with_the_reference(shared_dir: Path, which: str) -> None:
+    """The peer's masks of the same logits, cut by the box, but for as many pixels as lie on the threshold."""
+    stored = torch.load(shared_dir / "reference" / "crops.pt", weights_only=True)
+    predict = Predictor(Fixed(stored[which][0, 0]), crop_size=512).predict
+    for item in stored["items"]:
+        height, width = item["image_hw"]
+        box = boxes.clip(boxes.from_xywh(item["bbox_xywh"]), width, height)
+        assert box is not None
+        (result,) = predict([BoxItem(np.zeros((height, width, 3), dtype=np.uint8), box)])
+        reference = item[f"paste_{which}"]
+        expected = masks.decode(reference["rle"]["counts"], height, width)
+        allowed = boxes.outer_pixels(box, width, height)
+        outside = np.ones((height, width), dtype=bool)
+        outside[allowed.y0 : allowed.y1, allowed.x0 : allowed.x1] = False
+        expected[outside] = 0
+        differ = np.count_nonzero(masks.decode(result.counts, height, width) != expected)
+        assert differ <= reference["n_borderline_1e-5"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_agrees_with_the_cpu() -> None:
+    items = crop_items()
+    on_cpu, on_gpu = (Predictor(Brightness(), crop_size=SIZE, device=device) for device in ("cpu", "cuda"))
+    batch, batch_gpu = on_cpu.prepare(items), on_gpu.prepare(items)
+    assert np.abs(denormalised(batch.images) - denormalised(batch_gpu.images.cpu())).max() < 2.01
+    logits = on_cpu.run(batch)
+    for item, a, b in zip(items, on_cpu.finish(logits, batch), on_gpu.finish(logits.cuda(), batch_gpu), strict=True):
+        height, width = item.image.shape[:2]
+        differ = masks.decode(a.counts, height, width) != masks.decode(b.counts, height, width)
+        assert differ.sum() <= 2
