@@ -106,7 +106,8 @@ class VitBackbone(Backbone, VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         if self.stem == "patch":
             return super()._pos_embed(x)
-        assert self.pos_embed is not None and self.cls_token is not None
+        assert self.pos_embed is not None
+        assert self.cls_token is not None
         height, width = x.shape[1:3]
         position = self.pos_embed[:, 1:]
         if (height, width) != (14, 14):

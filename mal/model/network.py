@@ -137,7 +137,7 @@ class MalNetwork(nn.Module):
         """Mask logits of crops.
 
         Args:
-            images: [B, 3, S, S], normalised; S a multiple of the backbone's stride.
+            images: [B, 3, S, S], normalised; B at least 1, S a multiple of the backbone's stride.
             areas: [B], areas of the boxes in px^2 of the original image. Best on the CPU: on a GPU, reading them waits
                 for the device.
 
@@ -166,7 +166,7 @@ class MalNetwork(nn.Module):
         bands = band_of(areas).tolist()
         members = [[i for i, band in enumerate(bands) if band == wanted] for wanted in range(len(BAND_SCALES))]
         if max(map(len, members)) == len(bands):
-            return self._logits_at(features, vectors, BAND_SCALES[bands[0]] if bands else 1.0)
+            return self._logits_at(features, vectors, BAND_SCALES[bands[0]])
         parts = [
             self._logits_at(features[indices], vectors[indices], scale)
             for indices, scale in zip(members, BAND_SCALES, strict=True)
