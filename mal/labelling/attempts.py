@@ -1,0 +1,78 @@
+"""The account of attempts at a shard: which image, if any, kills the process that labels it.
+
+A process that is killed (out of memory, a decoder that crashes) leaves no exception, so the account is written before
+the work. From the third attempt on a shard is labelled image by image, each announced first; an image that was
+announced by `DEATHS_PER_IMAGE` attempts that never came back is rejected, and the rest of the shard is labelled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mal import storage
+
+CAREFUL_FROM = 3
+"""Attempt from which on images are labelled one by one."""
+DEATHS_PER_IMAGE = 2
+"""Deaths while one image was being labelled after which that image is rejected. One alone may be a node's."""
+
+
+@dataclass
+class Attempts:
+    """The state of one shard's attempts, kept in a small JSON file."""
+
+    path: str
+    attempt: int = 0
+    deaths: Counter[int] = field(default_factory=Counter)
+    """Place of an image in the shard -> deaths while it was announced."""
+    announced: int | None = None
+
+    @classmethod
+    def begin(cls, path: str) -> Attempts:
+        """Read the account, book the death of the attempt before, if any, and begin another."""
+        account = cls(path)
+        if storage.exists(path):
+            saved: dict[str, Any] = json.loads(storage.read_bytes(path))
+            account.attempt = saved["attempt"]
+            account.deaths = Counter({int(place): n for place, n in saved["deaths"].items()})
+            if saved["announced"] is not None:
+                account.deaths[saved["announced"]] += 1
+        account.attempt += 1
+        account._save()
+        return account
+
+    @property
+    def careful(self) -> bool:
+        return self.attempt >= CAREFUL_FROM
+
+    @property
+    def poisoned(self) -> list[int]:
+        """Places of the images to be rejected."""
+        return sorted(place for place, n in self.deaths.items() if n >= DEATHS_PER_IMAGE)
+
+    def announce(self, place: int | None) -> None:
+        """Say which image is labelled next; None: none."""
+        self.announced = place
+        self._save()
+
+    def end(self) -> None:
+        """The shard is done."""
+        storage.delete(self.path)
+
+    def _save(self) -> None:
+        content = {"attempt": self.attempt, "deaths": dict(self.deaths), "announced": self.announced}
+        storage.write_bytes(self.path, json.dumps(content).encode())
+
+
+def one_by_one(account: Attempts, count: int, work: Callable[[int], Any]) -> list[Any]:
+    """``work(place)`` for every place of a shard, each announced before it is begun."""
+    results = []
+    for place in range(count):
+        account.announce(place)
+        results.append(work(place))
+    account.announce(None)
+    return results

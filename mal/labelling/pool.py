@@ -1,0 +1,113 @@
+"""Ray Data: hand the shards that are not done yet to an elastic pool of actors, and count what comes back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from mal.errors import ClusterError, MalError
+from mal.labelling.actor import ShardLabeler
+from mal.labelling.task import LabelTask
+from mal.run.cluster import Cluster
+from mal.run.progress import ProgressLine
+from mal.run.status import StatusLog
+from mal.spec.derived import max_actors
+from mal.spec.schema import PoolSpec, Spec
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """How many actors, and what each reserves."""
+
+    least: int
+    most: int
+    cpus: float
+    gpus: float
+
+    def describe(self) -> str:
+        what = "GPU" if self.gpus else "CPU"
+        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        return f"{count} {what} actor{'s' if self.most > 1 else ''}"
+
+
+def pool_size(spec: Spec, pool: PoolSpec, cluster: Cluster, shards: int) -> PoolSize:
+    """The pool for ``shards`` shards of work on the cluster at hand.
+
+    Without a GPU, ``max_actors: 0`` means as many CPU actors as the cluster's CPUs carry.
+    """
+    most = max_actors(spec, pool)
+    if not cluster.gpus and not pool.max_actors:
+        most = max(most, int(cluster.worker_cpus // pool.cpus_per_actor))
+    most = max(1, min(most, shards))
+    if not cluster.gpus and pool.cpus_per_actor > cluster.cpus:
+        raise ClusterError(
+            f"cpus_per_actor = {pool.cpus_per_actor:g}, but the cluster has {cluster.cpus:g} CPUs: lower it"
+        )
+    return PoolSize(min(pool.min_actors, most), most, pool.cpus_per_actor, 1.0 if cluster.gpus else 0.0)
+
+
+def label_all(
+    task: LabelTask, size: PoolSize, *, todo: list[int], boxes: int, boxes_done: int, status: StatusLog
+) -> float:
+    """Label the shards ``todo``; returns the seconds it took. Progress goes to the screen and to ``status``.
+
+    Raises:
+        MalError: whatever stopped an actor.
+    """
+    rejected = 0
+    actors: set[str] = set()
+
+    def report(line: str) -> None:
+        status.write("RUNNING", line)
+
+    with ProgressLine("labelling", boxes, "boxes", already=boxes_done, on_line=report) as progress:
+        for row in _reports(task, size, todo):
+            rejected += row["rejected"]
+            actors.add(row["actor"])
+            progress.advance(row["boxes"], f"{len(actors)} actors, {rejected} rejected")
+        return progress.rate.seconds
+
+
+def _reports(task: LabelTask, size: PoolSize, todo: list[int]) -> Iterator[dict[str, float | str]]:
+    """Run the Ray Data pipeline; one report per finished shard, as they finish."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # One block per shard: nothing but its number travels; the actor reads the shard's rows from the index.
+    blocks = [pa.table({"shard": pa.array([shard], pa.int64())}) for shard in todo]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        ShardLabeler,
+        batch_format="pyarrow",
+        batch_size=1,
+        fn_constructor_args=(task,),
+        num_cpus=size.cpus,
+        num_gpus=size.gpus or None,
+        compute=ActorPoolStrategy(
+            min_size=size.least, max_size=size.most, initial_size=size.most, max_tasks_in_flight_per_actor=2
+        ),
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise explained(error) from error
+
+
+def explained(error: BaseException) -> MalError:
+    """The MalError behind an error of Ray's, or one that says what happened in a worker."""
+    cause: BaseException | None = error
+    last = error
+    while cause is not None:
+        if isinstance(cause, MalError):
+            return cause
+        last = cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = str(last).strip().splitlines() or [type(last).__name__]
+    return MalError(f"a worker failed: {lines[-1].strip()}\n" + "\n".join(lines[-20:]))

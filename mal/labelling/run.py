@@ -1,0 +1,87 @@
+"""One labelling run in a folder: index, manifest, pool. What inference and evaluation have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mal import storage
+from mal.data.index import Index, build_index, input_fingerprint
+from mal.errors import MalError
+from mal.labelling.pool import label_all, pool_size
+from mal.labelling.task import file_fingerprint, make_task, missing_shards, result_keys, shard_name
+from mal.run.cluster import connected
+from mal.run.manifest import claim
+from mal.run.status import StatusLog
+from mal.spec.schema import PoolSpec, Spec
+
+
+@dataclass(frozen=True)
+class LabelledRun:
+    """A run whose every shard is there."""
+
+    index: Index
+    shards: list[str]
+    """Paths of the parquet files, in order."""
+    seconds: float
+    """Spent on labelling, without starting Ray and indexing."""
+    boxes: int
+    """Labelled or rejected in this run; those of earlier attempts are not counted."""
+    actors: str
+
+
+def label_file(
+    spec: Spec,
+    pool: PoolSpec,
+    *,
+    folder: str,
+    ann_path: str,
+    images_path: str | None,
+    img_dir: str,
+    load_mask: bool,
+    status: StatusLog,
+) -> LabelledRun:
+    """Label every box of ``ann_path`` into ``<folder>/shards``; what is there already is not done again.
+
+    Raises:
+        RunMismatchError: the folder was begun with another input, model or spec.
+        MalError: whatever stopped the work.
+    """
+    assert pool.checkpoint is not None, "checked before"
+    model_id = file_fingerprint(pool.checkpoint)
+    fingerprint = input_fingerprint(ann_path, images_path)
+    keys = result_keys(spec, pool, input_fingerprint=fingerprint, model_id=model_id, img_dir=img_dir)
+    claim(folder, {**keys, "load_mask": load_mask})
+    index = build_index(
+        ann_path,
+        storage.join(folder, "index"),
+        images_path=images_path,
+        load_mask=load_mask,
+        shard_boxes=pool.shard_boxes,
+    )
+    total = index.summary.boxes
+    shards_folder = storage.join(folder, "shards")
+    todo, actors, seconds = missing_shards(shards_folder, index.shards), "none", 0.0
+    done = total - sum(index.summary.shard_boxes[shard] for shard in todo)
+    status.write("RUNNING", f"{index.summary.describe()}; {len(todo)} of {index.shards} shards to do")
+    print(f"{index.summary.describe()}; {len(todo)} of {index.shards} shards to do", flush=True)
+    if todo:
+        with connected(spec.ray) as cluster:
+            size = pool_size(spec, pool, cluster, len(todo))
+            actors = size.describe()
+            print(f"labelling with {actors}{'' if cluster.gpus else ' (this cluster has no GPU)'}", flush=True)
+            task = make_task(
+                spec,
+                pool,
+                folder=folder,
+                img_dir=img_dir,
+                checkpoint=pool.checkpoint,
+                model_id=model_id,
+                load_mask=load_mask,
+                gpu=cluster.gpus > 0,
+            )
+            seconds = label_all(task, size, todo=todo, boxes=total, boxes_done=done, status=status)
+    left = missing_shards(shards_folder, index.shards)
+    if left:
+        raise MalError(f"{len(left)} shards were not finished; run the same command again")
+    paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
+    return LabelledRun(index, paths, seconds, total - done, actors)

@@ -1,0 +1,116 @@
+"""What an actor must know to label shards, and which files a labelling run consists of."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from mal import storage
+from mal.spec.load import spec_to_values
+from mal.spec.schema import ModelSpec, PoolSpec, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTask:
+    """Everything an actor needs, as plain values and paths that every node reaches."""
+
+    index_folder: str
+    img_dir: str
+    shards_folder: str
+    checkpoint: str
+    model_id: str
+    """Fingerprint of the checkpoint file; stands in every row."""
+    model: ModelSpec
+    crop_size: int
+    mask_thres: tuple[float, ...]
+    margin_rate: tuple[float, ...]
+    max_image_pixels: int
+    batch_size: int
+    precision: str
+    load_mask: bool
+    use_teacher: bool
+    use_mixed: bool
+    use_flip: bool
+    threads: int
+    """Threads of the network on a CPU."""
+    decode_threads: int
+    use_gpu: bool
+
+    def shard_path(self, shard: int) -> str:
+        """The parquet file of a finished shard; its presence means the shard is done."""
+        return storage.join(self.shards_folder, shard_name(shard))
+
+    def attempts_path(self, shard: int) -> str:
+        """The account of a shard's attempts, kept while it is being worked on."""
+        return storage.join(self.shards_folder, "attempts", f"part-{shard:06d}.json")
+
+
+def shard_name(shard: int) -> str:
+    """File name of a finished shard."""
+    return f"part-{shard:06d}.parquet"
+
+
+def missing_shards(shards_folder: str, shards: int) -> list[int]:
+    """Numbers of the shards whose file is not there yet."""
+    present = set(storage.list_files(shards_folder))
+    return [shard for shard in range(shards) if shard_name(shard) not in present]
+
+
+def make_task(
+    spec: Spec, pool: PoolSpec, *, folder: str, img_dir: str, checkpoint: str, model_id: str, load_mask: bool, gpu: bool
+) -> LabelTask:
+    """The task of one labelling run in ``folder``, from the spec."""
+    threads = max(1, int(pool.cpus_per_actor))
+    return LabelTask(
+        index_folder=storage.join(folder, "index"),
+        img_dir=storage.absolute(img_dir),
+        shards_folder=storage.join(folder, "shards"),
+        checkpoint=storage.absolute(checkpoint),
+        model_id=model_id,
+        model=spec.model,
+        crop_size=spec.dataset.crop_size,
+        mask_thres=spec.train.mask_thres,
+        margin_rate=spec.train.test_margin_rate,
+        max_image_pixels=spec.dataset.max_image_pixels,
+        batch_size=pool.batch_size,
+        precision=pool.precision,
+        load_mask=load_mask,
+        use_teacher=pool.use_teacher_test,
+        use_mixed=pool.use_mixed_model_test,
+        use_flip=pool.use_flip_test,
+        threads=threads,
+        decode_threads=pool.decode_threads or max(2, threads),
+        use_gpu=gpu,
+    )
+
+
+def file_fingerprint(path: str) -> str:
+    """16 hex digits of the file's content."""
+    digest = hashlib.blake2b(digest_size=8)
+    with storage.open_read(path) as file:
+        while block := file.read(8 * 2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def result_keys(spec: Spec, pool: PoolSpec, *, input_fingerprint: str, model_id: str, img_dir: str) -> dict[str, Any]:
+    """Everything that changes the masks: a results folder is bound to these (`mal.run.manifest`).
+
+    Actors, batch size, threads and the like are left out: they may change between two attempts.
+    """
+    values = spec_to_values(spec)
+    return {
+        "input": input_fingerprint,
+        "model": model_id,
+        "img_dir": storage.absolute(img_dir),
+        "dataset.crop_size": spec.dataset.crop_size,
+        "dataset.max_image_pixels": spec.dataset.max_image_pixels,
+        **{f"model.{k}": v for k, v in values["model"].items() if k not in ("frozen_stages", "pretrained", "vit_dpr")},
+        "train.mask_thres": values["train"]["mask_thres"],
+        "train.test_margin_rate": values["train"]["test_margin_rate"],
+        "precision": pool.precision,
+        "use_teacher_test": pool.use_teacher_test,
+        "use_mixed_model_test": pool.use_mixed_model_test,
+        "use_flip_test": pool.use_flip_test,
+    }

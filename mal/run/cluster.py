@@ -1,0 +1,80 @@
+"""The connection to Ray: a cluster named by ``RAY_ADDRESS``, the cluster of a job, or one started on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mal.errors import ClusterError
+from mal.spec.schema import RaySpec
+
+WORKER_ENVIRONMENT = {
+    # Spinning OpenMP threads make two busy cores six times slower.
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_MIN_CPUS = 4
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the connected cluster has at this moment."""
+
+    gpus: float
+    cpus: float
+    embedded: bool
+    """Started by us on this machine."""
+
+    @property
+    def worker_cpus(self) -> int:
+        """CPUs that networks may use: on one machine its real ones, however many were declared to Ray."""
+        return max(1, (os.cpu_count() or 1) if self.embedded else int(self.cpus))
+
+
+@contextlib.contextmanager
+def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
+    """Connect to Ray for the length of a block, and leave it as it was found.
+
+    Raises:
+        ClusterError: no Ray at the address that the environment names.
+    """
+    # Read by ray at import. Reports of Ray Train are rare here, so a short poll costs nothing and saves seconds.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield _describe(embedded=os.environ.get("RAY_ADDRESS") is None)
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    runtime_env = {"env_vars": WORKER_ENVIRONMENT}
+    common = {"namespace": namespace, "runtime_env": runtime_env, "logging_level": logging.WARNING}
+    if address:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ClusterError(
+                f"RAY_ADDRESS = {address}: no connection to Ray there ({reason}). Start it, correct RAY_ADDRESS, "
+                "or unset it to run on this machine"
+            ) from error
+    else:
+        cpus = spec.num_cpus or max(_MIN_CPUS, (os.cpu_count() or 1) + 2)
+        store = int(spec.object_store_gb * 2**30)
+        ray.init(num_cpus=cpus, object_store_memory=store, include_dashboard=True, **common)
+    try:
+        yield _describe(embedded=not address)
+    finally:
+        ray.shutdown()
+
+
+def _describe(embedded: bool) -> Cluster:
+    import ray
+
+    resources = ray.cluster_resources()
+    return Cluster(gpus=resources.get("GPU", 0.0), cpus=resources.get("CPU", 0.0), embedded=embedded)

@@ -1,0 +1,86 @@
+"""What must hold between the keys of a spec for one task, checked before anything is started."""
+
+from __future__ import annotations
+
+from mal import storage
+from mal.errors import SpecError, StorageError
+from mal.spec.derived import Action, max_actors
+from mal.spec.schema import PoolSpec, Spec
+
+
+def check_task(spec: Spec, action: Action) -> None:
+    """Raise SpecError with every mistake that would stop ``action``: missing keys, files, keys that contradict."""
+    problems = _required(spec, action) + _contradictions(spec, action)
+    if problems:
+        raise SpecError(problems)
+
+
+def _required(spec: Spec, action: Action) -> list[str]:
+    """Problems with the input files that the task needs."""
+    data, problems = spec.dataset, []
+    files: dict[str, tuple[str | None, bool]] = {}
+    if action == "train":
+        files = {
+            "dataset.train_ann_path": (data.train_ann_path, True),
+            "dataset.train_img_dir": (data.train_img_dir, True),
+            "dataset.val_ann_path": (data.val_ann_path, False),
+            "dataset.val_img_dir": (data.val_img_dir, data.val_ann_path is not None),
+            "train.resume_training_checkpoint_path": (spec.train.resume_training_checkpoint_path, False),
+            "train.pretrained_model_path": (spec.train.pretrained_model_path, False),
+        }
+    elif action == "evaluate":
+        files = {
+            "dataset.val_ann_path": (data.val_ann_path, True),
+            "dataset.val_img_dir": (data.val_img_dir, True),
+            "evaluate.checkpoint": (spec.evaluate.checkpoint, True),
+        }
+    else:
+        files = {
+            "inference.ann_path": (spec.inference.ann_path, True),
+            "inference.images_path": (spec.inference.images_path, False),
+            "inference.img_dir": (spec.inference.img_dir, True),
+            "inference.checkpoint": (spec.inference.checkpoint, True),
+        }
+    for key, (path, needed) in files.items():
+        if path is None:
+            problems += [f"{key} is not set: {action} needs it; add it to the spec or {key}=PATH"] if needed else []
+            continue
+        try:
+            # A folder of an object store need not exist as an object: there the first read tells.
+            found = storage.exists(path) or (key.endswith("img_dir") and storage.is_remote(path))
+            problems += [] if found else [f"{key} = {path!r}: there is no such file or folder"]
+        except StorageError as error:
+            problems.append(f"{key} = {path!r}: {error}")
+    return problems
+
+
+def _contradictions(spec: Spec, action: Action) -> list[str]:
+    """Problems between keys."""
+    problems, train, data = [], spec.train, spec.dataset
+    if data.min_obj_size >= data.max_obj_size:
+        problems.append(
+            f"dataset.min_obj_size = {data.min_obj_size:g}: it must be below max_obj_size ({data.max_obj_size:g})"
+        )
+    if train.margin_rate[0] > train.margin_rate[1]:
+        problems.append(f"train.margin_rate = {list(train.margin_rate)}: the first must not exceed the second")
+    if train.crf_kernel_size % 2 == 0:
+        problems.append(f"train.crf_kernel_size = {train.crf_kernel_size}: it must be odd")
+    if train.crf_value_low_thres >= train.crf_value_high_thres:
+        problems.append(
+            f"train.crf_value_low_thres = {train.crf_value_low_thres:g}: it must be below crf_value_high_thres"
+        )
+    if len(train.mask_thres) not in (1, 3):
+        problems.append(f"train.mask_thres = {list(train.mask_thres)}: give one value, or three (small, medium, large)")
+    if action == "train" and spec.encryption_key:
+        problems.append("encryption_key is set, but encrypted checkpoints are not supported yet: leave it out")
+    if spec.evaluate.comp_clustering:
+        problems.append("evaluate.comp_clustering = True: component clustering does not exist here; leave it false")
+    pools: dict[str, PoolSpec] = {"evaluate": spec.evaluate, "inference": spec.inference}
+    for name, pool in pools.items():
+        if pool.min_actors > max_actors(spec, pool):
+            problems.append(
+                f"{name}.min_actors = {pool.min_actors}: it must not exceed max_actors ({max_actors(spec, pool)})"
+            )
+        if pool.use_teacher_test and pool.use_mixed_model_test:
+            problems.append(f"{name}.use_teacher_test and use_mixed_model_test are both true: choose one")
+    return problems

@@ -1,0 +1,163 @@
+"""The door of training: indexes, Ray Train workers, progress, status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mal.errors
+from mal import storage
+from mal.data.index import build_index
+from mal.data.training_set import load_training_boxes
+from mal.errors import ClusterError, MalError, TrainingError
+from mal.run.cluster import WORKER_ENVIRONMENT, Cluster, connected
+from mal.run.progress import ProgressLine
+from mal.run.status import StatusLog, task_status
+from mal.run.summary import write_summary
+from mal.spec.checks import check_task
+from mal.spec.derived import results_dir, train_workers
+from mal.spec.schema import Spec
+from mal.training.board import NAME, Board
+from mal.training.checkpoints import epochs_done
+from mal.training.task import TrainTask
+from mal.training.worker import train_worker
+
+_POLL_SECONDS = 0.5
+
+
+def run_training(spec: Spec) -> dict[str, Any]:
+    """Train as the spec says, going on from the latest checkpoint of the train folder, if any.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        SpecError: before anything is started.
+        MalError: whatever stopped training.
+    """
+    check_task(spec, "train")
+    folder = results_dir(spec, "train")
+    storage.make_folder(folder)
+    with task_status(folder, "training") as status:
+        begun = time.time()
+        train_index, val_index, boxes = _indexes(spec, folder)
+        with connected(spec.ray) as cluster:
+            workers, use_gpu = train_workers(spec), cluster.gpus > 0
+            _check_room(spec, cluster, workers)
+            task = TrainTask(spec, folder, train_index, val_index, workers, use_gpu)
+            storage.delete(task.fatal)
+            what = "GPU" if use_gpu else "CPU"
+            note = "" if use_gpu else " (this cluster has no GPU)"
+            print(f"training on {workers} {what} worker{'s' if workers > 1 else ''}{note}: {folder}", flush=True)
+            with _progress(task, boxes, status) as board:
+                _fit(task, board)
+        summary = write_summary(folder, "train", spec, begun, {"boxes": boxes, "checkpoint": task.latest})
+        status.write("SUCCESS", f"training finished: {task.latest}")
+        print(f"checkpoint: {task.latest}")
+        return summary
+
+
+def _indexes(spec: Spec, folder: str) -> tuple[str, str | None, int]:
+    """Folders of the training and the validation index, and the boxes trained on; built unless they are there."""
+    data = spec.dataset
+    train = build_index(data.train_ann_path or "", storage.join(folder, "index"))
+    boxes = load_training_boxes(train.folder, data.min_obj_size, data.max_obj_size)
+    print(boxes, flush=True)
+    if data.val_ann_path is None or not data.load_mask:
+        return train.folder, None, len(boxes)
+    val = build_index(data.val_ann_path, storage.join(folder, "validation", "index"), load_mask=True)
+    return train.folder, val.folder, len(boxes)
+
+
+def _check_room(spec: Spec, cluster: Cluster, workers: int) -> None:
+    """Raise ClusterError if the workers can never be started here."""
+    if cluster.gpus:
+        if cluster.embedded and workers > cluster.gpus:
+            raise ClusterError(
+                f"train.num_gpus x num_nodes = {workers}, but this machine has {cluster.gpus:g} GPUs: lower train.num_gpus"
+            )
+    elif cluster.embedded and workers * spec.train.cpus_per_worker > cluster.cpus:
+        raise ClusterError(
+            f"{workers} CPU workers with train.cpus_per_worker = {spec.train.cpus_per_worker:g} need more than the "
+            f"{cluster.cpus:g} CPUs of this cluster: lower train.num_gpus or train.cpus_per_worker"
+        )
+
+
+def _fit(task: TrainTask, board: Any) -> None:
+    """Run the workers until training is done. Raises what stopped them."""
+    import ray.exceptions
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    filesystem, path = storage.resolve(task.folder)
+    train = task.spec.train
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if task.use_gpu else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task, "board": board},
+        torch_config=TorchConfig(backend="nccl" if task.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=task.workers, use_gpu=task.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # Checkpoints are ours, in the train folder; Ray's own records of an attempt go beside them.
+            name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=f"{path}/ray",
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    try:
+        trainer.fit()
+    except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError) as error:
+        raise _explained(task, error) from error
+
+
+def _explained(task: TrainTask, error: Exception) -> MalError:
+    """The error that a worker left, else what Ray says."""
+    if storage.exists(task.fatal):
+        note = json.loads(storage.read_bytes(task.fatal))
+        kind = getattr(mal.errors, note["kind"], TrainingError)
+        return kind(note["message"])
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return TrainingError("a training worker failed: " + "\n".join(lines[-25:]))
+
+
+@contextmanager
+def _progress(task: TrainTask, boxes: int, status: StatusLog) -> Iterator[Any]:
+    """A board for the workers, and a thread that shows what they write on it."""
+    import ray
+
+    board = ray.remote(num_cpus=0)(Board).options(name=f"{NAME}-{time.time_ns()}").remote()
+    total = boxes * task.spec.train.num_epochs
+    already = boxes * epochs_done(task)
+    stop = threading.Event()
+    with ProgressLine("training", total, "boxes", already=already) as line:
+
+        def show() -> None:
+            while True:
+                last = stop.is_set()
+                for note in ray.get(board.take.remote()):
+                    if note["kind"] == "steps":
+                        line.advance(note["boxes"], f"loss {note['loss']:.4f}")
+                    else:
+                        status.write("RUNNING", note["message"], note["kpi"])
+                        print(note["message"], flush=True)
+                if last:
+                    return
+                stop.wait(_POLL_SECONDS)
+
+        thread = threading.Thread(target=show, name="training-progress", daemon=True)
+        thread.start()
+        try:
+            yield board
+        finally:
+            stop.set()
+            thread.join(timeout=30)

@@ -1,0 +1,33 @@
+"""What a training worker must know, and the files of a train folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mal import storage
+from mal.spec.schema import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTask:
+    """Plain values and paths that every node reaches."""
+
+    spec: Spec
+    folder: str
+    train_index: str
+    val_index: str | None
+    workers: int
+    use_gpu: bool
+
+    @property
+    def latest(self) -> str:
+        return storage.join(self.folder, "mal_model_latest.pth")
+
+    def epoch_path(self, epoch: int) -> str:
+        """The checkpoint after the epoch of this number, counted from 0."""
+        return storage.join(self.folder, f"model_epoch_{epoch:03d}.pth")
+
+    @property
+    def fatal(self) -> str:
+        """Where a worker leaves an error that no restart can mend."""
+        return storage.join(self.folder, "fatal_error.json")
