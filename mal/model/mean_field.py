@@ -68,21 +68,26 @@ def mean_field(
         [B, H, W], float32, in [low, high]. No gradient.
     """
     assert kernel_size % 2 == 1, f"the neighbourhood needs a centre: {kernel_size}"
-    neighbours = _affinities(image.float(), kernel_size, zeta)
     box = None if box_mask is None else box_mask.float()
     q = probabilities.float() if box is None else probabilities.float() * box
     q = q.clamp(low, high)
     logs = q.new_empty(2, *q.shape)  # log(1 - q), log(q); to base 2, whose exponential is the faster one on CPUs
     sums = torch.empty_like(logs)
+    log_not_q, log_q = logs
+    a0, a1 = sums
+    terms = [  # views of the buffers, made once: sum += affinity * log
+        (sums[:, :, *one], affinity, logs[:, :, *other])
+        for affinity, here, there in _affinities(image.float(), kernel_size, zeta)
+        for one, other in ((here, there), (there, here))
+    ]
     for _ in range(iterations):
-        torch.sub(1.0, q, out=logs[0])
-        logs[1].copy_(q)
+        torch.sub(1.0, q, out=log_not_q)
+        log_q.copy_(q)
         logs.log2_()
         sums.copy_(logs)  # the pixel itself: K_ii = 1
-        for affinity, here, there in neighbours:
-            sums[:, :, *here].addcmul_(affinity, logs[:, :, *there])
-            sums[:, :, *there].addcmul_(affinity, logs[:, :, *here])
-        a0, a1 = sums.exp2_()
+        for target, affinity, neighbour in terms:
+            target.addcmul_(affinity, neighbour)
+        sums.exp2_()
         if box is not None:
             a1.mul_(box)
         torch.div(a1, a0.add_(EPSILON).add_(a1), out=q).clamp_(low, high)
