@@ -4,8 +4,8 @@ Three layers, each slower and more forgiving than the one before:
 
 1. typed decoding of a whole chunk (`msgspec`), unknown fields refused;
 2. the same with the unknown fields added to the type as raw JSON text: the *carried* fields;
-3. one object at a time with Python's json, for chunks with a value of the wrong type or with NaN: a bad annotation costs
-   only itself.
+3. one object at a time with Python's json, for chunks with a value of the wrong type or with NaN: a bad annotation
+   costs only itself.
 
 ``id``, ``image_id`` and ``category_id`` are integers of at most 63 bits (``12.0`` counts as one, ``true`` and ``"12"``
 do not). ``iscrowd`` may be 0, 1, true, false or null. ``area`` of the input is not kept: an output's is its mask's. A
@@ -109,7 +109,7 @@ class AnnotationDecoder:
         self._struct: Any = msgspec.defstruct(
             "Annotation", fields, forbid_unknown_fields=True, gc=False, kw_only=True, rename=self._extra
         )
-        self._many = msgspec.json.Decoder(list[self._struct])
+        self._many = msgspec.json.Decoder(list[self._struct])  # type: ignore[name-defined]
         self._one = msgspec.json.Decoder(self._struct)
 
     def whole(self, text: bytes) -> Annotations | None:
@@ -135,7 +135,7 @@ class AnnotationDecoder:
         carried: dict[int, str] = {}
         for row, element in enumerate(elements):
             try:
-                struct = self._one.decode(element.text)
+                struct: Any = self._one.decode(element.text)
             except (msgspec.DecodeError, RecursionError):
                 value = parse(element.text, element.position)
                 struct, fault, extra = self._by_hand(value)

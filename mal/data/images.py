@@ -33,8 +33,10 @@ _TRANSPOSE = {
 }
 """EXIF orientations that swap width and height -> what puts the picture upright."""
 
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError)
-_DAMAGE += (struct.error, zlib.error)
+_DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError),
+    *(struct.error, zlib.error),
+)
 """What Pillow's decoders raise on damaged files."""
 
 
@@ -91,8 +93,8 @@ def decode(path: str, *, expected: tuple[int, int] | None = None, max_pixels: in
     """Read an image as RGB.
 
     Greyscale is repeated, palettes are looked up, CMYK and the other colour spaces of Pillow are converted, 16-bit and
-    floating-point values are scaled to 8 bits (not clipped), the alpha channel is dropped (the colours under it are what
-    a plain reader sees), of an animation the first frame counts.
+    floating-point values are scaled to 8 bits (not clipped), the alpha channel is dropped (what counts are the colours
+    under it), of an animation the first frame counts.
 
     A COCO box is in the pixels of its record's size. Where the stored pixels have this size they are taken as they are;
     where only the picture turned upright by its EXIF orientation has it, it is turned; where both have it (a square, or
@@ -161,6 +163,7 @@ def _upright(image: Image.Image) -> Image.Transpose | None:
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Any of Pillow's modes to uint8 [H, W, 3]."""
+    grey: NDArray[Any]
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
     elif image.mode in ("I", "F"):
