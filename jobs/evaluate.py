@@ -1,4 +1,7 @@
-"""Measure a checkpoint as a Ray job: ``ray job submit --working-dir . -- python jobs/evaluate.py -e SPEC [section.key=value ...]``."""
+"""Measure a checkpoint as a Ray job.
+
+ray job submit --working-dir . -- python jobs/evaluate.py -e SPEC [section.key=value ...]
+"""
 
 import sys
 from pathlib import Path

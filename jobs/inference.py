@@ -1,4 +1,7 @@
-"""Label boxes as a Ray job: ``ray job submit --working-dir . -- python jobs/inference.py -e SPEC [section.key=value ...]``."""
+"""Label boxes as a Ray job.
+
+ray job submit --working-dir . -- python jobs/inference.py -e SPEC [section.key=value ...]
+"""
 
 import sys
 from pathlib import Path

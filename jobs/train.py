@@ -1,4 +1,7 @@
-"""Learn masks from boxes as a Ray job: ``ray job submit --working-dir . -- python jobs/train.py -e SPEC [section.key=value ...]``."""
+"""Learn masks from boxes as a Ray job.
+
+ray job submit --working-dir . -- python jobs/train.py -e SPEC [section.key=value ...]
+"""
 
 import sys
 from pathlib import Path

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 BANDS = ("small", "medium", "large")
-SMALL_BELOW = 32.0**2
-"""Box areas below this are small (px^2)."""
-LARGE_FROM = 96.0**2
-"""Box areas from this on are large (px^2); what is between is medium."""
+SMALL_UP_TO = 32.0**2
+"""Box areas up to this are small (px^2)."""
+MEDIUM_UP_TO = 96.0**2
+"""Larger box areas up to this are medium (px^2), those above are large."""
 
 
 class Box(NamedTuple):
@@ -72,7 +72,8 @@ def area(box: Box) -> float:
 
 def band_index(areas: NDArray[np.float64] | Sequence[float]) -> NDArray[np.int64]:
     """Band of each box area: 0 small, 1 medium, 2 large. Every area has exactly one band (REFERENCE section 3)."""
-    return np.digitize(np.asarray(areas, dtype=np.float64), [SMALL_BELOW, LARGE_FROM]).astype(np.int64)
+    borders = [SMALL_UP_TO, MEDIUM_UP_TO]
+    return np.digitize(np.asarray(areas, dtype=np.float64), borders, right=True).astype(np.int64)
 
 
 def band(box_area: float) -> str:
@@ -90,7 +91,7 @@ def outer_pixels(box: Box, width: int, height: int) -> Window:
     )
 
 
-def test_window(box: Box, margin_rate: Sequence[float] = (0.6, 0.6)) -> Window:
+def central_window(box: Box, margin_rate: Sequence[float] = (0.6, 0.6)) -> Window:
     """The window of evaluation and inference: every half-extent times ``1 + 0.5 * margin_rate[0]``."""
     return _window(box, (0.5 * margin_rate[0],) * 4)
 

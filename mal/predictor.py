@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mal import crops, masks
-from mal.boxes import BANDS, Box, Window, area, band_index, outer_pixels, test_window
+from mal.boxes import BANDS, Box, Window, area, band_index, outer_pixels, central_window
 from mal.errors import SpecError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -88,7 +88,7 @@ class Predictor:
         crop_size: S, a multiple of the backbone's patch size.
         mask_threshold: a pixel belongs to the mask if its probability is above; one value, or one per band (small,
             medium, large).
-        margin_rate: `mal.boxes.test_window`; not negative.
+        margin_rate: `mal.boxes.central_window`; not negative.
         device: of the network, the crops' resize and the masks' threshold.
         precision: the network's; ``bf16`` and ``fp16`` use autocast. The masks are always computed in fp32.
         flip: also look at the mirrored crop, and take the mean of both logits.
@@ -147,7 +147,7 @@ class Predictor:
             assert item.image.dtype == np.uint8, item.image.dtype
             assert item.image.ndim == 3, item.image.shape
             height, width = item.image.shape[:2]
-            window = test_window(item.box, self.margin_rate)
+            window = central_window(item.box, self.margin_rate)
             source = _upload(crops.cut(item.image, window), self.device)
             image.copy_(_resize(source, size, whole=source.device.type == "cpu"))
             rows, columns = crops.box_mask_axes(window, item.box, width, height, size)

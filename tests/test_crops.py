@@ -72,7 +72,7 @@ def test_box_mask_is_the_resized_window_of_the_full_mask(
 ) -> None:
     (x0, x1), (y0, y1) = sorted(corners[:2]), sorted(corners[2:])
     box = Box(x0 * width, y0 * height, x1 * width, y1 * height)
-    window = boxes.test_window(box, (margin, margin))
+    window = boxes.central_window(box, (margin, margin))
     full = np.zeros((height, width), dtype=np.uint8)
     full[int(box.y0) : int(box.y1) + 1, int(box.x0) : int(box.x1) + 1] = 1
     cropped = np.zeros((window.height, window.width), dtype=np.uint8)
@@ -105,7 +105,7 @@ def test_crops_and_box_masks_agree_with_the_reference(shared_dir: Path) -> None:
         height, width = item["image_hw"]
         box = boxes.clip(boxes.from_xywh(item["bbox_xywh"]), width, height)
         assert box is not None
-        window = boxes.test_window(box)
+        window = boxes.central_window(box)
         assert list(window) == item["ext_box"]
         for size in (512, 256):
             assert digest(crops.box_mask(window, box, width, height, size)) == item[f"boxmask_sha256_{size}"]

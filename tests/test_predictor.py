@@ -59,7 +59,7 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
 def plain_masks(logits: Tensor, item: BoxItem, threshold: float, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """REFERENCE section 5 word by word, with image-sized arrays: the mask, and pixels too close to the threshold."""
     height, width = item.image.shape[:2]
-    window = boxes.test_window(item.box)
+    window = boxes.central_window(item.box)
     crop = F.interpolate(logits[None, None], (size, size), mode="bilinear").sigmoid()
     crop = crop * torch.from_numpy(crops.box_mask(window, item.box, width, height, size))
     probability = F.interpolate(crop, (window.height, window.width), mode="bilinear")[0, 0].numpy()
@@ -137,7 +137,7 @@ def test_crops_agree_with_pillow(size: int) -> None:
     items = crop_items()
     batch = Predictor(Brightness(), crop_size=size).prepare(items)
     for pixels, item in zip(denormalised(batch.images), items, strict=True):
-        assert_near(pixels, crops.resize(crops.cut(item.image, boxes.test_window(item.box)), size))
+        assert_near(pixels, crops.resize(crops.cut(item.image, boxes.central_window(item.box)), size))
     assert batch.areas.tolist() == [boxes.area(item.box) for item in items]
 
 

@@ -52,8 +52,7 @@ def merge(index: Index, shards: Sequence[str], label_path: str, ledger_path: str
             labelled = batch.filter(pa.compute.is_valid(batch["counts"]))
             texts = [encoder.encode(_annotation(row)) for row in labelled.to_pylist()]
             first = _write_items(out, texts, first)
-        for batch in index.kept():
-            first = _write_items(out, [text.encode() for text in batch["text"].to_pylist()], first)
+        _write_items(out, [text.encode() for text in index.kept()["text"].to_pylist()], first)
         out.write(b"\n]}\n")
         ledger.close()
     return counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -71,7 +72,7 @@ def label_all(
         return progress.rate.seconds
 
 
-def _reports(task: LabelTask, size: PoolSize, todo: list[int]) -> Iterator[dict[str, float | str]]:
+def _reports(task: LabelTask, size: PoolSize, todo: list[int]) -> Iterator[dict[str, Any]]:
     """Run the Ray Data pipeline; one report per finished shard, as they finish."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -95,7 +96,7 @@ def _reports(task: LabelTask, size: PoolSize, todo: list[int]) -> Iterator[dict[
     )
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from batch.to_pylist()
+            yield from cast(pa.Table, batch).to_pylist()
     except ray.exceptions.RayError as error:
         raise explained(error) from error
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mal import storage
-from mal.data.index import Index, build_index, input_fingerprint
+from mal.data.index_folder import SUMMARY_FILE
+from mal.data.index import Index, Summary, build_index, fingerprint, open_index
 from mal.errors import MalError
 from mal.labelling.pool import label_all, pool_size
 from mal.labelling.task import file_fingerprint, make_task, missing_shards, result_keys, shard_name
@@ -48,22 +49,17 @@ def label_file(
     """
     assert pool.checkpoint is not None, "checked before"
     model_id = file_fingerprint(pool.checkpoint)
-    fingerprint = input_fingerprint(ann_path, images_path)
-    keys = result_keys(spec, pool, input_fingerprint=fingerprint, model_id=model_id, img_dir=img_dir)
+    content = fingerprint(ann_path, images_path)
+    keys = result_keys(spec, pool, input_fingerprint=content, model_id=model_id, img_dir=img_dir)
     claim(folder, {**keys, "load_mask": load_mask})
-    index = build_index(
-        ann_path,
-        storage.join(folder, "index"),
-        images_path=images_path,
-        load_mask=load_mask,
-        shard_boxes=pool.shard_boxes,
-    )
+    index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
     total = index.summary.boxes
     shards_folder = storage.join(folder, "shards")
     todo, actors, seconds = missing_shards(shards_folder, index.shards), "none", 0.0
-    done = total - sum(index.summary.shard_boxes[shard] for shard in todo)
-    status.write("RUNNING", f"{index.summary.describe()}; {len(todo)} of {index.shards} shards to do")
-    print(f"{index.summary.describe()}; {len(todo)} of {index.shards} shards to do", flush=True)
+    done = total - sum(index.summary.shards[shard] for shard in todo)
+    plan = f"{describe(index.summary)}; {len(todo)} of {index.shards} shards to do"
+    status.write("RUNNING", plan)
+    print(plan, flush=True)
     if todo:
         with connected(spec.ray) as cluster:
             size = pool_size(spec, pool, cluster, len(todo))
@@ -85,3 +81,28 @@ def label_file(
         raise MalError(f"{len(left)} shards were not finished; run the same command again")
     paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
     return LabelledRun(index, paths, seconds, total - done, actors)
+
+
+def _index(spec: Spec, pool: PoolSpec, folder: str, ann_path: str, images_path: str | None, load_mask: bool) -> Index:
+    """The run's index. One that is there is kept, whatever `shard_boxes` says now: finished shards are cut by it."""
+    if storage.exists(storage.join(folder, SUMMARY_FILE)):
+        return open_index(folder)
+    return build_index(
+        ann_path,
+        folder,
+        images_path=images_path,
+        load_mask=load_mask,
+        shard_boxes=pool.shard_boxes,
+        max_image_pixels=spec.dataset.max_image_pixels,
+        progress=lambda line: print(line, flush=True),
+    )
+
+
+def describe(summary: Summary) -> str:
+    """The input in one line."""
+    bands = ", ".join(f"{count:,} {band}" for band, count in summary.bands.items())
+    rejected = sum(summary.rejected.values())
+    return (
+        f"{summary.boxes:,} boxes ({bands}) on {summary.images - summary.images_without_boxes:,} images to label, "
+        f"{rejected:,} rejected, {summary.crowd:,} crowd regions kept"
+    )

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mal.errors import ClusterError
 from mal.spec.schema import RaySpec
@@ -53,7 +54,7 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
         return
     address = os.environ.get("RAY_ADDRESS")
     runtime_env = {"env_vars": WORKER_ENVIRONMENT}
-    common = {"namespace": namespace, "runtime_env": runtime_env, "logging_level": logging.WARNING}
+    common: dict[str, Any] = {"namespace": namespace, "runtime_env": runtime_env, "logging_level": logging.WARNING}
     if address:
         try:
             ray.init(address=address, **common)

@@ -81,7 +81,7 @@ class ProgressLine:
         if self._stream.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(file=self._stream))
-            self._task = self._bar.add_task(label, total=total, completed=already, text="")
+            self._task = self._bar.add_task(label, total=total, completed=int(already), text="")
 
     def text(self) -> str:
         """The state in one line."""

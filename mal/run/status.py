@@ -1,4 +1,4 @@
-"""``status.json``: one JSON object a line that tells a person or a program how a task is doing (REFERENCE section 6)."""
+"""``status.json``: one JSON object a line that tells a person or a program how a task is doing."""
 
 from __future__ import annotations
 

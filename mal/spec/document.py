@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def _own_meanings(cls: type) -> dict[str, str]:
     """Field name -> its line, of the fields that ``cls`` itself declares."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     found = {}
-    for declaration, text in zip(body, body[1:], strict=False):
+    for declaration, text in itertools.pairwise(body):
         if isinstance(declaration, ast.AnnAssign) and isinstance(text, ast.Expr):
             name = typing.cast(ast.Name, declaration.target).id
             found[name] = typing.cast(str, ast.literal_eval(text.value))

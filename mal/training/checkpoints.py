@@ -48,7 +48,7 @@ def save(
     state: TrainingState,
     rank: int,
 ) -> str:
-    """Write ``model_epoch_NNN.pth`` and ``mal_model_latest.pth``; a call of all ranks together, the first one writes."""
+    """Write ``model_epoch_NNN.pth`` and ``mal_model_latest.pth``. All ranks call it together, the first one writes."""
     model_state, optimizer_state = strategy.model_state(), strategy.optimizer_state(optimizer)
     path = task.epoch_path(state.epoch - 1)
     if rank == 0:
@@ -89,7 +89,7 @@ def resume(
     strategy.load_model(content["state_dict"])
     strategy.load_optimizer(optimizer, content["optimizer"])
     scaler.load_state_dict(content["scaler"])
-    return TrainingState(content["epoch"], content["global_step"], dict(content["scores"]))
+    return TrainingState(content["epoch"], content["global_step"], scores=dict(content["scores"]))
 
 
 def _find(task: TrainTask) -> tuple[str, dict[str, Any]] | None:

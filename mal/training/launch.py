@@ -15,7 +15,7 @@ from mal import storage
 from mal.data.index import build_index
 from mal.data.training_set import load_training_boxes
 from mal.errors import ClusterError, MalError, TrainingError
-from mal.run.cluster import WORKER_ENVIRONMENT, Cluster, connected
+from mal.run.cluster import Cluster, connected
 from mal.run.progress import ProgressLine
 from mal.run.status import StatusLog, task_status
 from mal.run.summary import write_summary
@@ -65,12 +65,15 @@ def run_training(spec: Spec) -> dict[str, Any]:
 def _indexes(spec: Spec, folder: str) -> tuple[str, str | None, int]:
     """Folders of the training and the validation index, and the boxes trained on; built unless they are there."""
     data = spec.dataset
-    train = build_index(data.train_ann_path or "", storage.join(folder, "index"))
+    train = build_index(
+        data.train_ann_path or "", storage.join(folder, "index"), max_image_pixels=data.max_image_pixels
+    )
     boxes = load_training_boxes(train.folder, data.min_obj_size, data.max_obj_size)
     print(boxes, flush=True)
     if data.val_ann_path is None or not data.load_mask:
         return train.folder, None, len(boxes)
-    val = build_index(data.val_ann_path, storage.join(folder, "validation", "index"), load_mask=True)
+    val_folder = storage.join(folder, "validation", "index")
+    val = build_index(data.val_ann_path, val_folder, load_mask=True, max_image_pixels=data.max_image_pixels)
     return train.folder, val.folder, len(boxes)
 
 
@@ -79,7 +82,7 @@ def _check_room(spec: Spec, cluster: Cluster, workers: int) -> None:
     if cluster.gpus:
         if cluster.embedded and workers > cluster.gpus:
             raise ClusterError(
-                f"train.num_gpus x num_nodes = {workers}, but this machine has {cluster.gpus:g} GPUs: lower train.num_gpus"
+                f"train.num_gpus x num_nodes = {workers}, but this machine has {cluster.gpus:g} GPUs: lower it"
             )
     elif cluster.embedded and workers * spec.train.cpus_per_worker > cluster.cpus:
         raise ClusterError(
@@ -111,7 +114,6 @@ def _fit(task: TrainTask, board: Any) -> None:
             storage_path=f"{path}/ray",
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
     try:
@@ -135,7 +137,7 @@ def _progress(task: TrainTask, boxes: int, status: StatusLog) -> Iterator[Any]:
     """A board for the workers, and a thread that shows what they write on it."""
     import ray
 
-    board = ray.remote(num_cpus=0)(Board).options(name=f"{NAME}-{time.time_ns()}").remote()
+    board: Any = ray.remote(num_cpus=0)(Board).options(name=f"{NAME}-{time.time_ns()}").remote()
     total = boxes * task.spec.train.num_epochs
     already = boxes * epochs_done(task)
     stop = threading.Event()

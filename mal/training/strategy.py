@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class Alone:
 
     def model_state(self) -> dict[str, Tensor]:
         """The full state dict on the CPU; empty on all ranks but the first. A call of all ranks together."""
-        return get_model_state_dict(self.model, options=_FULL)
+        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=_FULL))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The full state of the student's optimiser, likewise; keyed by parameter names."""

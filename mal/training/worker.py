@@ -29,7 +29,7 @@ from mal.training.task import TrainTask
 from mal.training.validation import validate
 
 REPORT_SECONDS = 2.0
-"""The losses are read and shared by all workers this often; between, steps are queued without waiting for the device."""
+"""The losses are read and shared by all workers this often; between, no step waits for the device."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
