@@ -14,6 +14,7 @@ do not). ``iscrowd`` may be 0, 1, true, false or null. ``area`` of the input is 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -28,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mal.data.json_buffer import dump, parse, strict
+from mal.data.json_buffer import NO_END, dump, parse, strict, value_end
 from mal.data.json_stream import Element
 
 NO_ID = -(2**63)
@@ -38,6 +39,7 @@ Id = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
 _ABSENT = msgspec.Raw(b"")
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)` - at `\$", re.DOTALL)
 _KNOWN = frozenset(("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "score"))
+_BRACES_TRIED = 8
 _MOST_CARRIED = 64
 _DETAIL_CHARACTERS = 200
 
@@ -124,8 +126,8 @@ class AnnotationDecoder:
             break
         crowd = _column(structs, "iscrowd", np.bool_)
         rows = np.flatnonzero(crowd).tolist()
-        raw = self._raw.decode(text) if rows else []
-        return self._columns(structs, crowd, {}, {row: bytes(raw[row]) for row in rows}, {})
+        texts = self._crowd_texts(text, structs, rows) if rows else {}
+        return self._columns(structs, crowd, {}, texts, {})
 
     def each(self, elements: list[Element]) -> Annotations:
         """Layer 3. Raises NotJsonError."""
@@ -147,6 +149,33 @@ class AnnotationDecoder:
             if struct.iscrowd:
                 texts[row] = strict(element.text, element.position)
         return self._columns(structs, _column(structs, "iscrowd", np.bool_), faults, texts, carried)
+
+    def _crowd_texts(self, text: bytes, structs: list[Any], rows: list[int]) -> dict[int, bytes]:
+        """Row -> JSON text of the crowd annotations of a chunk.
+
+        They are few, so each is looked for around a raw value of its own, whose place in the chunk is known. If that
+        does not find them all, the whole chunk is taken apart.
+        """
+        texts: dict[int, bytes] = {}
+        for row in rows:
+            found = self._object_around(text, structs[row])
+            if found is None:
+                raw = self._raw.decode(text)
+                return {row: bytes(raw[row]) for row in rows}
+            texts[row] = found
+        return texts
+
+    def _object_around(self, text: bytes, struct: Any) -> bytes | None:
+        at = start = _offset(struct.area, text) or _offset(struct.segmentation, text)
+        for _ in range(_BRACES_TRIED if at else 0):
+            start = text.rfind(b"{", 0, start)
+            end = value_end(text, start, last=True) if start >= 0 else NO_END
+            if end > at:
+                with contextlib.suppress(msgspec.DecodeError):
+                    found: Any = self._one.decode(text[start:end])
+                    same = (found.id, found.image_id, found.bbox) == (struct.id, struct.image_id, struct.bbox)
+                    return text[start:end] if same and found.iscrowd else None
+        return None
 
     def _learn(self, error: msgspec.ValidationError) -> bool:
         """Add the unknown field that the error names to the carried ones; False if it is another error."""
@@ -238,6 +267,12 @@ class AnnotationDecoder:
 
 def _column(structs: Sequence[Any], name: str, dtype: type) -> NDArray[Any]:
     return np.fromiter(map(attrgetter(name), structs), dtype, len(structs))
+
+
+def _offset(raw: msgspec.Raw, text: bytes) -> int:
+    """Where in ``text``, from which it was decoded, a raw value lies; 0 if it is absent or not a part of it."""
+    part, whole = (np.frombuffer(data, np.uint8).__array_interface__["data"][0] for data in (raw, text))
+    return part - whole if whole <= part < whole + len(text) else 0
 
 
 def _optional_numbers(values: list[float | None]) -> NDArray[np.float64]:

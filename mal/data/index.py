@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
 import msgspec
@@ -105,10 +104,11 @@ def fingerprint(ann_path: str, images_path: str | None = None) -> str:
     """The fingerprint that an index of these files has: of their bytes alone, not of their names or times."""
     digests = []
     for path in filter(None, (ann_path, images_path)):
-        with _Digest() as digest, storage.open_read(path) as file:
+        digest = hashlib.sha256()
+        with storage.open_read(path) as file:
             while block := file.read(CHUNK_BYTES):
                 digest.update(block)
-            digests.append(digest.result())
+        digests.append(digest.hexdigest())
     return _join_digests(digests)
 
 
@@ -123,31 +123,6 @@ def _existing(ann_path: str, images_path: str | None, folder: str, options: Opti
 
 def _join_digests(digests: list[str]) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32]
-
-
-class _Digest:
-    """SHA-256 of blocks, computed in a thread beside the decoding."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-
-    def __enter__(self) -> _Digest:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
-
-    def update(self, block: bytes) -> None:
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._thread.submit(self._hash.update, block)
-
-    def result(self) -> str:
-        if self._pending is not None:
-            self._pending.result()
-        return self._hash.hexdigest()
 
 
 class _ImagesAsText:
@@ -216,7 +191,8 @@ class _Input:
         """Read one file. ``rest`` is None where only the annotations of it count. Returns its digest."""
         later: int | None = None
         found = False
-        with _Digest() as digest, JsonFile(path, chunk_bytes=self._chunk_bytes, on_block=digest.update) as file:
+        digest = hashlib.sha256()
+        with JsonFile(path, chunk_bytes=self._chunk_bytes, on_block=digest.update) as file:
             for member in file.members():
                 if member.key is None and not annotations:
                     raise InputError(f"{path}: a list, not a COCO file; name one with 'images' and 'categories'")
@@ -229,7 +205,6 @@ class _Input:
                         later = member.position
                 elif rest is not None:
                     self._read_rest(path, member, rest)
-            result = digest.result()
         if annotations and not found:
             raise InputError(f"{path}: has no member 'annotations'; is it a COCO file of boxes?")
         if annotations and self.images is None:
@@ -237,7 +212,7 @@ class _Input:
         if later is not None:
             with JsonFile(path, chunk_bytes=self._chunk_bytes, start=later) as file:
                 self._read_annotations(file)
-        return result
+        return digest.hexdigest()
 
     def _check_list(self, path: str, member: Member) -> None:
         if not member.is_list:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,7 +44,9 @@ class JsonBuffer:
         path: local or remote.
         chunk_bytes: how much is read at a time; memory is a few times this, or a few times the largest element.
         start: byte position of a value inside the file to begin at (a `Member.position`).
-        on_block: called with every block of bytes read, in order (for a checksum).
+        on_block: called with every block of bytes read, in order, in another thread (for a checksum).
+
+    A thread reads one block ahead.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class JsonBuffer:
         self._on_block = on_block
         self._file: pa.NativeFile = storage.open_read(path)
         self._file.seek(start)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-json")
+        self._coming = self._reader.submit(self._read)
         self._buffer = b""
         self._at = 0
         self._base = start
@@ -70,6 +75,7 @@ class JsonBuffer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._reader.shutdown(cancel_futures=True)
         self._file.close()
 
     @property
@@ -97,21 +103,31 @@ class JsonBuffer:
         """Read on, dropping what was taken; at least doubles what is held. False at the end of the file."""
         if self._ended:
             return False
-        held = len(self._buffer) - self._at
+        rest = memoryview(self._buffer)[self._at :]
+        parts: list[bytes | memoryview] = [rest] if rest else []
+        wanted = 2 * len(rest)
+        while not self._ended and sum(map(len, parts)) <= wanted:
+            block = self._coming.result()
+            self._ended = not block
+            if block:
+                parts.append(block)
+                self._coming = self._reader.submit(self._read)
+        if len(parts) == bool(rest):
+            return False
+        self._base += self._at
+        self._buffer = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
+        self._at = 0
+        return True
+
+    def _read(self) -> bytes:
+        """Read the next block (in the reader's thread, ahead of the need)."""
         try:
-            block = self._file.read(max(self._chunk_bytes, held))
+            block: bytes = self._file.read(self._chunk_bytes)
         except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"{self.path}: cannot read it at byte {self._base + len(self._buffer):,}: {error}"
-            ) from error
-        self._ended = not block
-        if block:
-            if self._on_block is not None:
-                self._on_block(block)
-            self._base += self._at
-            self._buffer = self._buffer[self._at :] + block if held else block
-            self._at = 0
-        return bool(block)
+            raise StorageError(f"{self.path}: cannot read it: {error}") from error
+        if block and self._on_block is not None:
+            self._on_block(block)
+        return block
 
     def skip_space(self) -> int:
         """Move to the next byte that is not white space and return it; -1 at the end of the file."""

@@ -24,7 +24,7 @@ T_co = TypeVar("T_co", covariant=True)
 _BOM = b"\xef\xbb\xbf"
 _TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
 _CUTS_TRIED = 3
-_CUT_WINDOW = 2**20
+_CUT_WINDOW = 2**16
 
 _OPEN_LIST, _CLOSE_LIST, _OPEN_OBJECT, _CLOSE_OBJECT, _COMMA, _COLON, _QUOTE = b'[]{},:"'
 
@@ -230,7 +230,8 @@ def _decode_list(decoder: Decoder[T], text: bytes) -> tuple[T | None, int]:
         trailing = _TRAILING.search(str(error))
         if trailing is None:
             raise
-    text = text[: int(trailing[1])].rstrip()
+    # The byte named is near the first character too many; only space lies between that and the list's bracket.
+    text = text[: text.rindex(b"]", 0, int(trailing[1])) + 1]
     return decoder.whole(text), len(text)
 
 
