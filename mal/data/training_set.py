@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from mal import boxes, crops
 from mal.data import augment, images
-from mal.data.index import open_index
+from mal.data.index_folder import open_index
 from mal.errors import InputError, StorageError
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class TrainingBoxes:
 
     def __str__(self) -> str:
         """A line for the log."""
-        left = ", ".join(f"{count:,} {name}" for name, count in self.left_out.items())
+        left = ", ".join(f"{count:,} {name}" for name, count in self.left_out.items() if count) or "none"
         return f"{len(self):,} boxes of {len(np.unique(self.image)):,} images to train on; left out by size: {left}"
 
 

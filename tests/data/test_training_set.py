@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from mal import boxes, crops, rows
 from mal.data import images
 from mal.data.augment import normalised, sample_generator
+from mal.data.index import build_index
 from mal.data.sampler import OffsetSampler
 from mal.data.scenes import write_scenes
-from mal.data.training_set import TrainingSet, collect_boxes
+from mal.data.training_set import TrainingSet, collect_boxes, load_training_boxes
 from mal.errors import InputError
 
 
@@ -214,3 +215,12 @@ def test_a_search_for_a_readable_image_is_not_endless(tmp_path: Path) -> None:
     many = _table([_image(k, [[0, 0, 100, 100]]) for k in range(500)])
     with pytest.raises(InputError, match="100 images of 1 samples"):
         _set(tmp_path, many)[(0, 7)]
+
+
+def test_an_index_on_disk_gives_the_same_boxes(scenes_folder: Path, index: pa.Table, tmp_path: Path) -> None:
+    build_index(str(scenes_folder / "annotations.json"), str(tmp_path), shard_boxes=5)
+    found = load_training_boxes(str(tmp_path), 2048, 1e10)
+    whole = collect_boxes([index], 2048, 1e10)
+    assert found.left_out == whole.left_out
+    assert np.array_equal(found.corners, whole.corners)
+    assert [found.file_names[int(k)] for k in found.image] == [whole.file_names[int(k)] for k in whole.image]
