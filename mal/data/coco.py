@@ -40,6 +40,7 @@ _ABSENT = msgspec.Raw(b"")
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)` - at `\$", re.DOTALL)
 _KNOWN = frozenset(("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "score"))
 _BRACES_TRIED = 8
+_ODD_KEY = re.compile(r'[\\"\x00-\x1f]')  # msgspec has no fields of such names
 _MOST_CARRIED = 64
 _DETAIL_CHARACTERS = 200
 
@@ -181,7 +182,7 @@ class AnnotationDecoder:
         """Add the unknown field that the error names to the carried ones; False if it is another error."""
         match = _UNKNOWN_FIELD.match(str(error))
         keys = list(self._extra.values())
-        if match is None or match[1] in keys or len(keys) == _MOST_CARRIED:
+        if match is None or match[1] in keys or len(keys) == _MOST_CARRIED or _ODD_KEY.search(match[1]):
             return False
         self._carry([*keys, match[1]])
         return True
@@ -252,11 +253,11 @@ class AnnotationDecoder:
         if self._extra:
             members = []
             for name, key in self._extra.items():
-                label = pa.scalar(dump(key).decode() + ": ", pa.large_string())
-                members.append(pc.binary_join_element_wise(label, _texts(structs, name, keep_null=True), ""))
-            inside = pc.binary_join_element_wise(*members, ", ", null_handling="skip")
-            column = pc.binary_join_element_wise("{", inside, "}", "")
-            column = pc.if_else(pc.equal(inside, ""), pa.scalar(None, pa.large_string()), column)
+                text = _texts(structs, name, keep_null=True)
+                members.append(pc.fill_null(_joined(", " + dump(key).decode() + ": ", text), _text("")))
+            # Not joined with null_handling="skip": Arrow 26 loses the rows in which all parts are null.
+            inside = pc.utf8_slice_codeunits(_joined(*members), 2)
+            column = pc.if_else(pc.equal(inside, _text("")), _text(None), _joined("{", inside, "}"))
         if by_hand:
             values = column.to_pylist()
             for row, text in by_hand.items():
@@ -286,8 +287,18 @@ def _texts(structs: Sequence[Any], name: str, *, keep_null: bool = False) -> pa.
     """Raw JSON texts as a column; null where the field is absent (or JSON's null, unless ``keep_null``)."""
     texts = [bytes(raw) for raw in map(attrgetter(name), structs)]
     column = pa.array(texts, pa.large_binary()).cast(pa.large_string())
-    absent = pc.equal(column, "") if keep_null else pc.is_in(column, pa.array(["", "null"], pa.large_string()))
-    return pc.if_else(absent, pa.scalar(None, pa.large_string()), column)
+    absent = pc.equal(column, _text("")) if keep_null else pc.is_in(column, pa.array(["", "null"], pa.large_string()))
+    return pc.if_else(absent, _text(None), column)
+
+
+def _text(value: str | None) -> pa.Scalar:
+    return pa.scalar(value, pa.large_string())
+
+
+def _joined(*parts: str | pa.Array) -> pa.Array:
+    """Texts put together row by row; null where a part is null."""
+    texts = [_text(part) if isinstance(part, str) else part for part in parts]
+    return pc.binary_join_element_wise(*texts, _text(""))
 
 
 def _bad(code: str, value: dict[str, Any], key: str) -> str:
@@ -307,7 +318,10 @@ def _number(value: Any) -> float | None:
     """The value as a finite double, if it is one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    number = float(value) if abs(value) < 2**1023 else math.inf
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
     return number if math.isfinite(number) else None
 
 

@@ -215,7 +215,8 @@ class JsonFile(JsonBuffer):
             if after == len(self._buffer):
                 return elements, taken, True
             if end == at or self._buffer[after] not in (_COMMA, _CLOSE_LIST):
-                raise self.fail("not JSON: expected ',' or ']'", self._base + (after if end > at else at))
+                expected = "an element" if end == at else "',' or ']'"
+                raise self.fail(f"not JSON: expected {expected}", self._base + (after if end > at else at))
             elements.append(Element(self._base + at, self._buffer[at:end]))
             at = taken = space_end(self._buffer, after + 1)
             if self._buffer[after] == _CLOSE_LIST:
