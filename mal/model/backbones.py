@@ -6,8 +6,9 @@ the attributes ``width`` and ``stride`` (`Backbone`), and no classifier. State-d
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import timm
@@ -20,7 +21,7 @@ from mal.errors import CheckpointError, SpecError
 from mal.model.architectures import TIMM_PREFIX, Architecture, get_architecture
 
 Stem = Literal["patch", "conv"]
-Stage = list[nn.Module | nn.Parameter]
+Stage = Sequence[nn.Module | nn.Parameter]
 
 
 class Backbone(nn.Module):
@@ -118,13 +119,17 @@ class VitBackbone(Backbone, VisionTransformer):
         return torch.cat((first.expand(len(x), -1, -1), x.flatten(1, 2) + position), dim=1)
 
     def stages(self) -> list[Stage]:
-        return [[self.patch_embed, self.cls_token, self.pos_embed], *([block] for block in self.blocks)]
+        loose = [part for part in (self.cls_token, self.pos_embed) if part is not None]
+        return [[self.patch_embed, *loose], *([block] for block in self.blocks)]
 
 
-def build_backbone(name: str, *, drop_path: float = 0.0, pretrained: bool = False, stem: Stem = "patch") -> Backbone:
+def build_backbone(
+    name: str, *, crop_size: int = 512, drop_path: float = 0.0, pretrained: bool = False, stem: Stem = "patch"
+) -> Backbone:
     """The backbone called ``name``: one of `mal.model.architectures.ARCHITECTURES`, or ``timm/<name>``.
 
     Args:
+        crop_size: side of the crops (`dataset.crop_size`), for those timm models that are built for one size.
         drop_path: rate of stochastic depth of the last block; it grows linearly from 0 (`model.vit_dpr`).
         pretrained: fetch timm's public weights (needs the network, or timm's cache).
         stem: ``conv`` builds a ViT with the research code's convolutional stem, to load its released weights.
@@ -136,7 +141,9 @@ def build_backbone(name: str, *, drop_path: float = 0.0, pretrained: bool = Fals
     if name.startswith(TIMM_PREFIX):
         from mal.model.timm_backbone import TimmBackbone
 
-        return TimmBackbone(name.removeprefix(TIMM_PREFIX), drop_path=drop_path, pretrained=pretrained)
+        return TimmBackbone(
+            name.removeprefix(TIMM_PREFIX), crop_size=crop_size, drop_path=drop_path, pretrained=pretrained
+        )
     architecture = get_architecture(name)
     if architecture.family == "vit":
         backbone: Backbone = VitBackbone(architecture, drop_path=drop_path, stem=stem)
@@ -155,14 +162,23 @@ def _fetch_pretrained(backbone: Backbone, architecture: Architecture) -> None:
             f"model.pretrained: there are no public weights of {architecture.name} to fetch; "
             "set train.pretrained_model_path to a file of them"
         )
-    try:
+    with explain_fetching(architecture.pretrained, True):
         source = timm.create_model(architecture.pretrained, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"model.pretrained: the weights {architecture.pretrained} of {architecture.name} cannot be fetched "
-            f"({error}); set train.pretrained_model_path to a local file instead"
-        ) from error
     backbone.load_state_dict(source.state_dict())
+
+
+@contextlib.contextmanager
+def explain_fetching(name: str, pretrained: bool) -> Iterator[None]:
+    """Turn what goes wrong when timm fetches weights into a CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"model.pretrained: the weights {name} of timm cannot be fetched ({error}); "
+            "set train.pretrained_model_path to a local file instead"
+        ) from error
 
 
 def freeze(backbone: Backbone, stages: Sequence[int]) -> None:

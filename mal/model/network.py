@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mal.boxes import LARGE_FROM, SMALL_BELOW
+from mal.boxes import MEDIUM_UP_TO, SMALL_UP_TO
 from mal.errors import SpecError
 from mal.model.backbones import Backbone, Stem, build_backbone, freeze
 
@@ -220,13 +220,16 @@ class StudentTeacher(nn.Module):
         torch._foreach_lerp_([t for t, _ in averaged], [s for _, s in averaged], 1.0 - momentum)
 
 
-def build_network(model: ModelOptions, *, stem: Stem = "patch") -> MalNetwork:
+def build_network(model: ModelOptions, *, crop_size: int = 512, stem: Stem = "patch") -> MalNetwork:
     """The network that the section `model` of a spec describes, frozen stages included.
 
     Args:
+        crop_size: `dataset.crop_size`; only some timm backbones are built for one size.
         stem: ``conv`` for weights of the research code (`mal.model.weights.Checkpoint.stem`).
     """
-    backbone = build_backbone(model.arch, drop_path=model.vit_dpr, pretrained=model.pretrained, stem=stem)
+    backbone = build_backbone(
+        model.arch, crop_size=crop_size, drop_path=model.vit_dpr, pretrained=model.pretrained, stem=stem
+    )
     freeze(backbone, model.frozen_stages)
     return MalNetwork(
         backbone,
@@ -241,8 +244,8 @@ def build_network(model: ModelOptions, *, stem: Stem = "patch") -> MalNetwork:
 
 def band_of(areas: Tensor) -> Tensor:
     """Band of each area (0 small, 1 medium, 2 large), as `mal.boxes.band_index` has it."""
-    borders = torch.tensor([SMALL_BELOW, LARGE_FROM], dtype=areas.dtype, device=areas.device)
-    return torch.bucketize(areas, borders, right=True)
+    borders = torch.tensor([SMALL_UP_TO, MEDIUM_UP_TO], dtype=areas.dtype, device=areas.device)
+    return torch.bucketize(areas, borders)
 
 
 def scaled_size(x: Tensor, factor: float) -> tuple[int, int]:

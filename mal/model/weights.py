@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from mal.model.architectures import ARCHITECTURES
 from mal.model.backbones import Backbone, Stem
 from mal.model.network import MalNetwork, StudentTeacher
 from mal.model.safe_loading import load_content, load_pickle
+from mal.model.timm_backbone import PREFIX, TimmBackbone
 
 __all__ = [
     "Checkpoint",
@@ -174,7 +175,14 @@ def load_backbone(backbone: Backbone, checkpoint: Checkpoint, *, strict: bool = 
     Raises:
         CheckpointError: if ``strict``, names or shapes differ. A wrong architecture is named.
     """
-    return _load(backbone, checkpoint.backbone_state, checkpoint, "", strict)
+    state = checkpoint.backbone_state
+    if not isinstance(backbone, TimmBackbone):
+        return _load(backbone, state, checkpoint, "", strict)
+    own = backbone.state_dict()
+    named = {key if key in own else PREFIX + key: value for key, value in state.items()}
+    kept = {key: value for key, value in named.items() if key in own}  # the rest belongs to layers that were cut off
+    report = _load(backbone, kept, checkpoint, PREFIX, strict)
+    return replace(report, ignored=tuple(key.removeprefix(PREFIX) for key in named if key not in own))
 
 
 def load_pretrained(model: StudentTeacher, checkpoint: Checkpoint, *, strict: bool = True) -> LoadReport:
@@ -253,7 +261,7 @@ def _load(module: nn.Module, state: State, checkpoint: Checkpoint, prefix: str, 
     """Load ``state`` into ``module``, whose backbone's names begin with ``prefix``."""
     own = module.state_dict()
     given = dict(state)
-    resampled = _fit_position(given, own, f"{prefix}pos_embed")
+    resampled = [] if prefix == PREFIX else _fit_position(given, own, f"{prefix}pos_embed")
     ignored = [
         key for key in given if key not in own and key.startswith(prefix) and _IGNORED.match(key.removeprefix(prefix))
     ]

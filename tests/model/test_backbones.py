@@ -10,6 +10,7 @@ import torch
 from mal.errors import SpecError
 from mal.model.architectures import ARCHITECTURES, Architecture
 from mal.model.backbones import VitBackbone, build_backbone, freeze
+from mal.model.network import MalNetwork, StudentTeacher
 
 TINY = Architecture("tiny", "vit", 16, 2, 3, 16)
 
@@ -83,13 +84,34 @@ def test_conv_stem_has_the_research_codes_names(reference, name: str) -> None:
     assert {key: list(value.shape) for key, value in backbone.state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("name", [n for n, a in ARCHITECTURES.items() if a.family == "vit"])
-def test_vits_run_forward_and_backward(name: str) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_runs_forward_and_backward(name: str) -> None:
     """Shapes only, on the meta device: the huge one has 632 million parameters."""
     with torch.device("meta"):
-        backbone = build_backbone(name)
+        backbone = build_backbone(name, drop_path=0.1)
         side = 4 * backbone.stride
         features = backbone(torch.empty(2, 3, side, side))
         assert features.shape == (2, ARCHITECTURES[name].width, 4, 4)
         features.sum().backward()
-    assert all(parameter.grad is not None for parameter in backbone.parameters())
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if architecture.width > 768 else [])
+        for name, architecture in ARCHITECTURES.items()
+        if architecture.width < 1280
+    ],
+)
+def test_every_architecture_takes_a_training_step(name: str) -> None:
+    """All but the huge one, with real numbers."""
+    torch.manual_seed(0)
+    pair = StudentTeacher(MalNetwork(build_backbone(name), hidden=16, out=16))
+    images, areas = torch.randn(2, 3, 64, 64), torch.tensor([500.0, 20000.0])
+    pair.student(images, areas).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in pair.student.parameters() if p.requires_grad)
+    torch.optim.SGD(pair.student.parameters(), lr=1e-3).step()
+    before = pair.teacher(images, areas)
+    pair.update_teacher(0.5)
+    assert not torch.equal(pair.teacher(images, areas), before)
