@@ -22,7 +22,7 @@ from mal import storage
 from mal.errors import MalError, StorageError
 from mal.rows import REASONS
 
-SUSPICIOUS_NAME = r"^[/\\]|^[A-Za-z]:|\.\.|://|^~|\x00"
+SUSPICIOUS_NAME = r"^[/\\]|^[A-Za-z]:|\.\.|://|\x00"
 """Names that match need a closer look (`leaves_folder`); a regular expression for Python and for Arrow alike."""
 
 _TRANSPOSE = {
@@ -65,7 +65,7 @@ def leaves_folder(file_name: str) -> bool:
     """
     if re.search(SUSPICIOUS_NAME, file_name) is None:
         return False
-    if re.search(r"^[/\\]|^[A-Za-z]:|://|^~|\x00", file_name):
+    if re.search(r"^[/\\]|^[A-Za-z]:|://|\x00", file_name):
         return True
     steps = posixpath.normpath(file_name.replace("\\", "/"))
     return steps == ".." or steps.startswith("../")
