@@ -19,3 +19,15 @@ def shared_dir() -> Path:
     if not (folder / "reference" / "README.md").is_file():
         pytest.skip(f"no reference files at {folder}; set MAL_SHARED to their folder to run this comparison")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_here(tmp_path_factory: pytest.TempPathFactory):
+    """A small Ray of the tests' own, for the whole session; `mal.run.cluster.connected` uses it."""
+    from mal.run.cluster import connected
+    from mal.spec.schema import RaySpec
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or Ray would write a token into the home folder
+    os.environ.pop("RAY_ADDRESS", None)
+    with connected(RaySpec(num_cpus=4, object_store_gb=0.5)) as cluster:
+        yield cluster

@@ -80,10 +80,11 @@ def _reports(task: LabelTask, size: PoolSize, todo: list[int]) -> Iterator[dict[
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # One block per shard: nothing but its number travels; the actor reads the shard's rows from the index.
-    blocks = [pa.table({"shard": pa.array([shard], pa.int64())}) for shard in todo]
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # One block per shard: nothing but its number travels; the actor reads the shard's rows from the index. (Not
+    # from_arrow, which starts a task per block to look at it.)
+    shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
+    dataset = shards.map_batches(
         ShardLabeler,
         batch_format="pyarrow",
         batch_size=1,

@@ -47,12 +47,13 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray
 
     if ray.is_initialized():
-        yield _describe(embedded=os.environ.get("RAY_ADDRESS") is None)
+        yield _describe(embedded=not address)
         return
-    address = os.environ.get("RAY_ADDRESS")
     runtime_env = {"env_vars": WORKER_ENVIRONMENT}
     common: dict[str, Any] = {"namespace": namespace, "runtime_env": runtime_env, "logging_level": logging.WARNING}
     if address:

@@ -142,6 +142,10 @@ def _check_model(path: str, saved: dict[str, Any], spec: Spec) -> None:
 
 
 def epochs_done(task: TrainTask) -> int:
-    """Epochs that the checkpoint to go on from has behind it."""
+    """Epochs that the checkpoint to go on from has behind it. Raises CheckpointError if it is of another model."""
     found = _find(task)
-    return 0 if found is None else int(found[1]["epoch"])
+    if found is None:
+        return 0
+    path, content = found
+    _check_model(path, content["spec"], task.spec)
+    return int(content["epoch"])

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,10 +52,11 @@ def run_training(spec: Spec) -> dict[str, Any]:
             _check_room(spec, cluster, workers)
             task = TrainTask(spec, folder, train_index, val_index, workers, use_gpu)
             storage.delete(task.fatal)
+            done = epochs_done(task)  # a checkpoint that cannot be gone on from stops it here, before any worker
             what = "GPU" if use_gpu else "CPU"
             note = "" if use_gpu else " (this cluster has no GPU)"
             print(f"training on {workers} {what} worker{'s' if workers > 1 else ''}{note}: {folder}", flush=True)
-            with _progress(task, boxes, status) as board:
+            with _progress(task, boxes, done, status) as board:
                 _fit(task, board)
         summary = write_summary(folder, "train", spec, begun, {"boxes": boxes, "checkpoint": task.latest})
         status.write("SUCCESS", f"training finished: {task.latest}")
@@ -113,33 +115,41 @@ def _fit(task: TrainTask, board: Any) -> None:
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=f"{path}/ray",
             storage_filesystem=filesystem,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
         ),
     )
     try:
         trainer.fit()
     except (ray.exceptions.RayError, ray.train.TrainingFailedError, RuntimeError) as error:
-        raise _explained(task, error) from error
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        what = "\n".join(lines[-25:])
+        raise _noted(task) or TrainingError(f"a training worker failed: {what}") from error
+    noted = _noted(task)
+    if noted is not None:
+        raise noted
 
 
-def _explained(task: TrainTask, error: Exception) -> MalError:
-    """The error that a worker left, else what Ray says."""
-    if storage.exists(task.fatal):
-        note = json.loads(storage.read_bytes(task.fatal))
-        kind = getattr(mal.errors, note["kind"], TrainingError)
-        return kind(note["message"])
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return TrainingError("a training worker failed: " + "\n".join(lines[-25:]))
+def _noted(task: TrainTask) -> MalError | None:
+    """The error that a worker left a note of, if any."""
+    if not storage.exists(task.fatal):
+        return None
+    note = json.loads(storage.read_bytes(task.fatal))
+    kind = getattr(mal.errors, note["kind"], TrainingError)
+    return typing.cast(MalError, kind(note["message"]))
 
 
 @contextmanager
-def _progress(task: TrainTask, boxes: int, status: StatusLog) -> Iterator[Any]:
+def _progress(task: TrainTask, boxes: int, done: int, status: StatusLog) -> Iterator[Any]:
     """A board for the workers, and a thread that shows what they write on it."""
     import ray
 
     board: Any = ray.remote(num_cpus=0)(Board).options(name=f"{NAME}-{time.time_ns()}").remote()
-    total = boxes * task.spec.train.num_epochs
-    already = boxes * epochs_done(task)
+    # An epoch is filled up to whole batches of all workers.
+    train = task.spec.train
+    batch = train.batch_size * train.accum_grad_batches * task.workers
+    per_epoch = -(-boxes // batch) * batch
+    total, already = per_epoch * train.num_epochs, per_epoch * done
     stop = threading.Event()
     with ProgressLine("training", total, "boxes", already=already) as line:
 

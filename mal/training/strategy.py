@@ -72,7 +72,6 @@ class Ddp(Alone):
             self.model.student,
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
         )
 
     def student(self, images: Tensor, areas: Tensor) -> Tensor:

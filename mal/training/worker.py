@@ -35,19 +35,24 @@ REPORT_SECONDS = 2.0
 def train_worker(config: dict[str, Any]) -> None:
     """``config``: ``task`` (TrainTask) and ``board`` (handle of the Board actor, or None)."""
     task: TrainTask = config["task"]
+    if storage.exists(task.fatal):
+        return  # a worker was restarted for what no restart can mend; the driver reads the note
     try:
         _train(task, config["board"])
+    except NonFiniteLossError as error:
+        _leave_note(task, error)  # all ranks are here: nobody waits for anybody, and none needs a restart
     except torch.OutOfMemoryError as error:
-        raise _fatal(task, _out_of_memory(task, error)) from error
+        _leave_note(task, _out_of_memory(task, error))
+        raise
     except MalError as error:
-        raise _fatal(task, error) from error
+        _leave_note(task, error)
+        raise
 
 
-def _fatal(task: TrainTask, error: MalError) -> MalError:
-    """Leave a note that no restart can mend this; the driver and restarted workers read it."""
+def _leave_note(task: TrainTask, error: MalError) -> None:
+    """Write down that no restart can mend this."""
     content = {"kind": type(error).__name__, "message": str(error)}
     storage.write_bytes(task.fatal, json.dumps(content).encode())
-    return error
 
 
 def _out_of_memory(task: TrainTask, error: Exception) -> OutOfMemoryError:
@@ -61,8 +66,6 @@ def _out_of_memory(task: TrainTask, error: Exception) -> OutOfMemoryError:
 def _train(task: TrainTask, board: Any) -> None:
     import ray.train
 
-    if storage.exists(task.fatal):
-        raise MalError(json.loads(storage.read_bytes(task.fatal))["message"])
     rank = ray.train.get_context().get_world_rank()
     worker = Worker(task, rank, _device(task), board)
     while worker.state.epoch < task.spec.train.num_epochs:
