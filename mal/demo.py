@@ -106,9 +106,9 @@ def _prepare(folder: str, overrides: Sequence[str]) -> str:
     config = OmegaConf.create()
     for key, value in (paths | RECIPE).items():
         OmegaConf.update(config, key, value)
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+    merged = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
     path = storage.join(folder, "demo.yaml")
-    storage.write_bytes(path, OmegaConf.to_yaml(config).encode())
+    storage.write_bytes(path, OmegaConf.to_yaml(merged).encode())
     return path
 
 

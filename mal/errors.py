@@ -1,15 +1,15 @@
 """Every error a user can meet. All are picklable, so they cross process borders unchanged.
 
-    MalError                  a sentence for the user: what, which value, what to do          exit code 1
-    ├── SpecError             the spec or the command line is wrong; carries every problem    exit code 2
-    ├── InputError            an input file as a whole cannot be used
-    ├── StorageError          a path cannot be read or written
-    ├── CheckpointError       a checkpoint cannot be loaded or does not fit the model
-    ├── RunMismatchError      a results folder was begun with other inputs
-    ├── ClusterError          Ray cannot give what the spec asks for
-    └── TrainingError         training cannot go on
-        ├── NonFiniteLossError    the loss is NaN or infinite
-        └── OutOfMemoryError      the device has too little memory for a batch
+MalError                  a sentence for the user: what, which value, what to do          exit code 1
+├── SpecError             the spec or the command line is wrong; carries every problem    exit code 2
+├── InputError            an input file as a whole cannot be used
+├── StorageError          a path cannot be read or written
+├── CheckpointError       a checkpoint cannot be loaded or does not fit the model
+├── RunMismatchError      a results folder was begun with other inputs
+├── ClusterError          Ray cannot give what the spec asks for
+└── TrainingError         training cannot go on
+    ├── NonFiniteLossError    the loss is NaN or infinite
+    └── OutOfMemoryError      the device has too little memory for a batch
 """
 
 from __future__ import annotations

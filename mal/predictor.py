@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mal import crops, masks
-from mal.boxes import BANDS, Box, Window, area, band_index, outer_pixels, central_window
+from mal.boxes import BANDS, Box, Window, area, band_index, central_window, outer_pixels
 from mal.errors import SpecError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -1,7 +1,7 @@
 """The tables that flow between the stages, as Arrow schemas, and the words for what became of a box.
 
-    input JSON --coco--> INDEX rows (one per image) --labelling--> LABELS rows (one per box) --merge--> output JSON
-                    \\--> LEDGER rows (boxes not labelled) ------------------------------------> ledger.parquet
+input JSON --coco--> INDEX rows (one per image) --labelling--> LABELS rows (one per box) --merge--> output JSON
+                \\--> LEDGER rows (boxes not labelled) ------------------------------------> ledger.parquet
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,7 +123,7 @@ def test_every_annotation_is_accounted_for_and_comes_back(trained, scenes, capsy
         "inference.cpus_per_actor=0.5",
     ]
     assert main(["inference", *inference]) == 0
-    given = json.loads(open(scenes.annotations).read())
+    given = json.loads(Path(scenes.annotations).read_text())
     found = json.loads(labels.read_text())
     _check_labels(given, found)
     COCO(str(labels))
@@ -193,5 +194,5 @@ def test_evaluation_options_change_the_figures(trained, option):
     folder = f"{results}/evaluate_{option}"
     checkpoint = f"evaluate.checkpoint={results}/train/model_epoch_001.pth"
     assert main(["evaluate", *arguments, checkpoint, f"evaluate.{option}=true", f"evaluate.results_dir={folder}"]) == 0
-    metrics = json.loads(open(f"{folder}/metrics.json").read())
+    metrics = json.loads(Path(f"{folder}/metrics.json").read_text())
     assert 0 < metrics["mIoU"] < 1

@@ -108,7 +108,7 @@ def load_predictor(task: LabelTask) -> Predictor:
     model = dataclasses.replace(task.model, pretrained=False)  # the weights come from the checkpoint
 
     def network(which: Literal["student", "teacher"]) -> MalNetwork:
-        built = build_network(model, stem=checkpoint.stem)
+        built = build_network(model, crop_size=task.crop_size, stem=checkpoint.stem)
         load_network(built, checkpoint, which=which)
         return built
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mal import storage
-from mal.data.index_folder import SUMMARY_FILE
 from mal.data.index import Index, Summary, build_index, fingerprint, open_index
+from mal.data.index_folder import SUMMARY_FILE
 from mal.errors import MalError
 from mal.labelling.pool import label_all, pool_size
 from mal.labelling.task import file_fingerprint, make_task, missing_shards, result_keys, shard_name

@@ -110,7 +110,7 @@ def _fit(task: TrainTask, board: Any) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=task.workers, use_gpu=task.use_gpu, resources_per_worker=resources
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg] # a checker sees the old class
             # Checkpoints are ours, in the train folder; Ray's own records of an attempt go beside them.
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=f"{path}/ray",

@@ -151,9 +151,7 @@ def test_images_that_cannot_be_used_reject_their_boxes_only(tmp_path, image, rea
     assert [item["id"] for _, item in all_boxes(index)] == [2]
 
 
-@pytest.mark.parametrize(
-    "name", ["é ü.jpg", "100%20.jpg", "a b/c.jpg", "x/../a.jpg", "a..b.jpg", "日本.png", "~x/a.jpg"[1:]]
-)
+@pytest.mark.parametrize("name", ["é ü.jpg", "100%20.jpg", "a b/c.jpg", "x/../a.jpg", "a..b.jpg", "日本.png"])
 def test_unusual_names_are_taken_as_they_are(tmp_path, name):
     index = build(tmp_path, [box(1)], [{**IMAGES[0], "file_name": name}])
     assert index.read_shard(0)["file_name"].to_pylist() == [name]

@@ -117,7 +117,7 @@ def test_an_image_that_cannot_be_used_rejects_its_boxes_and_no_others(line, tmp_
 def test_boxes_of_one_band_share_batches_and_the_rest_is_not_padded(line, tmp_path):
     _image(tmp_path, "a.png", 200, 200)
     small, large = [[1, 1, 10, 10]] * 5, [[0, 0, 150, 150]] * 6
-    bboxes = [box for pair in zip(large, small + [[2, 2, 9, 9]], strict=True) for box in pair]
+    bboxes = [box for pair in zip(large, [*small, [2, 2, 9, 9]], strict=True) for box in pair]
     index = _index(
         [
             {
