@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mal.data.json_buffer import NO_END, dump, parse, strict, value_end
+from mal.data.json_buffer import dump, parse, strict, value_length
 from mal.data.json_stream import Element
 
 NO_ID = -(2**63)
@@ -167,15 +167,17 @@ class AnnotationDecoder:
         return texts
 
     def _object_around(self, text: bytes, struct: Any) -> bytes | None:
-        at = start = _offset(struct.area, text) or _offset(struct.segmentation, text)
-        for _ in range(_BRACES_TRIED if at else 0):
+        """The text of the annotation that ``struct`` was decoded from; None if it was not found."""
+        start = _offset(struct.area, text) or _offset(struct.segmentation, text)
+        for _ in range(_BRACES_TRIED if start else 0):
             start = text.rfind(b"{", 0, start)
-            end = value_end(text, start, last=True) if start >= 0 else NO_END
-            if end > at:
-                with contextlib.suppress(msgspec.DecodeError):
-                    found: Any = self._one.decode(text[start:end])
-                    same = (found.id, found.image_id, found.bbox) == (struct.id, struct.image_id, struct.bbox)
-                    return text[start:end] if same and found.iscrowd else None
+            if start < 0:
+                break
+            with contextlib.suppress(msgspec.DecodeError):
+                end = value_length(self._one, memoryview(text)[start:]) + start
+                found: Any = self._one.decode(text[start:end])
+                if all(getattr(found, name) == getattr(struct, name) for name in ("id", "image_id", "bbox", "iscrowd")):
+                    return text[start:end]
         return None
 
     def _learn(self, error: msgspec.ValidationError) -> bool:

@@ -26,6 +26,7 @@ _SPACE = re.compile(rb"[ \t\r\n]*+")
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _BRACKET = re.compile(_STRING.pattern + rb'|[{}\[\]"]', re.DOTALL)
 _SCALAR = re.compile(rb'[^ \t\r\n,:\[\]{}"]++')
+_TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
 _INTEGER_DIGITS = 400  # beyond the range of a double
 
 
@@ -202,6 +203,27 @@ def _bracket_end(buffer: bytes, at: int) -> int:
         elif match.end() == match.start() + 1:
             return NO_END  # a string that leaves the buffer
     return NO_END
+
+
+def value_length(decoder: msgspec.json.Decoder[Any], text: memoryview) -> int:
+    """Length of the list or object that ``text`` begins with. Raises msgspec.DecodeError if it is not as wanted."""
+    try:
+        decoder.decode(text)
+    except msgspec.DecodeError as error:
+        return end_before_trailing(text, error)
+    return len(text)
+
+
+def end_before_trailing(text: bytes | memoryview, error: msgspec.DecodeError) -> int:
+    """Where the list or object ends that ``text`` begins with, if ``error`` is that more follows; else raises it."""
+    trailing = _TRAILING.search(str(error))
+    if trailing is None:
+        raise error
+    closing = b"]" if text[0] in b"[" else b"}"
+    end = int(trailing[1]) - 1  # there is the first character too many; only space lies between it and the bracket
+    while end > 0 and text[end - 1] not in closing:
+        end -= 1
+    return end
 
 
 def strict(text: bytes, position: int) -> bytes:

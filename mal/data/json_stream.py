@@ -16,13 +16,20 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from mal.data.json_buffer import END_OF_FILE, NO_END, JsonBuffer, space_end, strict, value_end
+from mal.data.json_buffer import (
+    END_OF_FILE,
+    NO_END,
+    JsonBuffer,
+    end_before_trailing,
+    space_end,
+    strict,
+    value_end,
+)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _BOM = b"\xef\xbb\xbf"
-_TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
 _CUTS_TRIED = 3
 _CUT_WINDOW = 2**16
 
@@ -228,11 +235,7 @@ def _decode_list(decoder: Decoder[T], text: bytes) -> tuple[T | None, int]:
     try:
         return decoder.whole(text), len(text)
     except msgspec.DecodeError as error:
-        trailing = _TRAILING.search(str(error))
-        if trailing is None:
-            raise
-    # The byte named is near the first character too many; only space lies between that and the list's bracket.
-    text = text[: text.rindex(b"]", 0, int(trailing[1])) + 1]
+        text = text[: end_before_trailing(text, error)]
     return decoder.whole(text), len(text)
 
 
