@@ -191,7 +191,7 @@ def append_line(path: str, line: str) -> None:
 def delete(path: str) -> None:
     """Delete a file or a folder with all it holds; no error if there is none."""
     filesystem, inner = resolve(path)
-    with _explained(path, "delete"):
+    with _explained(path, "delete"), contextlib.suppress(FileNotFoundError):  # someone else may be faster
         kind = filesystem.get_file_info(inner).type
         if kind == pafs.FileType.Directory:
             filesystem.delete_dir(inner)
@@ -205,6 +205,14 @@ def list_files(folder: str) -> list[str]:
     with _explained(folder, "list"):
         infos = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
     return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and not i.base_name.endswith(_PART))
+
+
+def delete_leftovers(folder: str) -> None:
+    """Delete what killed writers left right in ``folder``. Only when nobody writes there any more."""
+    local = local_path(folder)
+    if local is not None and local.is_dir():
+        for file in local.glob(f".*{_PART}"):
+            file.unlink(missing_ok=True)
 
 
 def make_folder(path: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from mal import storage
 from mal.errors import MalError
 from mal.inference.merge import MergeCounts, merge
+from mal.labelling.actor import ShardLabeler
 from mal.labelling.run import LabelledRun, label_file
 from mal.run.progress import duration
 from mal.run.status import task_status
@@ -17,8 +18,11 @@ from mal.spec.derived import label_dump_path, results_dir
 from mal.spec.schema import Spec
 
 
-def run_inference(spec: Spec) -> dict[str, Any]:
+def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dict[str, Any]:
     """Label every box of ``inference.ann_path``, going on where an earlier attempt ended.
+
+    Args:
+        labeler: see `mal.labelling.pool.label_all`.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -41,6 +45,7 @@ def run_inference(spec: Spec) -> dict[str, Any]:
             img_dir=settings.img_dir or "",
             load_mask=settings.load_mask,
             status=status,
+            labeler=labeler,
         )
         labels, ledger = label_dump_path(spec), storage.join(folder, "ledger.parquet")
         merging = time.perf_counter()

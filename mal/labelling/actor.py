@@ -1,28 +1,44 @@
 """The actor of the labelling pool: loads the network once, then labels shard after shard.
 
 A plain class with ``__init__`` and ``__call__``; Ray Data makes actors of it, tests call it directly.
+
+What can go wrong with one image, and what becomes of it:
+
+    it cannot be used (`ImageError`)         its boxes are rejected with that reason
+    its work raises something else           the shard is done again image by image; its boxes are rejected as `failed`
+    its work kills the process               `mal.labelling.attempts` finds it; its boxes are rejected as `crashed`
+    every image of a shard fails             not the images' fault: the run stops with the error
+    after an error the network fails too     the process is of no use any more (a GPU's errors stay): it ends, which Ray
+                                             mends with a new one, and which counts as killed by the image
+    the storage cannot be reached, is full   the run stops with the error
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
-from mal import rows, storage
+from mal import storage
+from mal.boxes import Box
 from mal.data.index import open_index
+from mal.errors import MalError, StorageError
 from mal.labelling.attempts import Attempts, one_by_one
-from mal.labelling.shard import label_rows
+from mal.labelling.shard import decode_image, label_rows, rejected_rows
 from mal.labelling.task import LabelTask
 from mal.model.network import MalNetwork, build_network
 from mal.model.precision import compute_name
 from mal.model.weights import load_network, read_checkpoint
-from mal.predictor import Predictor
+from mal.predictor import BoxItem, Predictor
 
 REPORT = pa.schema(
     [
@@ -35,15 +51,33 @@ REPORT = pa.schema(
 )
 """What an actor sends back for a shard. The rows themselves go straight to storage."""
 
+ALL_FAILED_FROM = 3
+"""When this many images or more make a shard and all of them fail, the images are not to blame."""
+_DETAIL = 200
+"""Most characters of an error's text in a reason."""
+
 
 class ShardLabeler:
-    """Labels the shards it is given and writes each to its parquet file."""
+    """Labels the shards it is given and writes each to its parquet file.
+
+    `load` and `decode` may be replaced in a subclass: benchmarks have no network or no images, tests bad ones.
+    """
 
     def __init__(self, task: LabelTask) -> None:
+        os.environ.update(task.environment)
         self.task = task
         self.index = open_index(task.index_folder)
         self.pool = ThreadPoolExecutor(task.decode_threads, thread_name_prefix="decode")
-        self.predictor = load_predictor(task)
+        self.predictor = self.load()
+        self._try_network()  # what is wrong with every image shows here, as the error that it is
+
+    def load(self) -> Predictor:
+        """The network, on its device."""
+        return load_predictor(self.task)
+
+    def decode(self, record: dict[str, Any]) -> NDArray[np.uint8]:
+        """The image of an index row as RGB [H, W, 3]. Raises ImageError."""
+        return decode_image(self.task, record)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """``batch``: a column ``shard`` of shard numbers. Returns REPORT, one row per shard."""
@@ -57,9 +91,11 @@ class ShardLabeler:
             with storage.open_read(path) as file:
                 labels = pq.read_table(file, columns=["reason"])
         else:
-            labels = self._label(shard)
+            account = Attempts.begin(self.task.attempts_path(shard), self.task.run)
+            labels = self._label(self.index.read_shard(shard), account)
             with storage.open_write(path) as file:
                 pq.write_table(labels, file, compression="zstd")
+            account.end()
         rejected = labels.num_rows - labels["reason"].null_count
         report = {
             "shard": shard,
@@ -70,22 +106,60 @@ class ShardLabeler:
         }
         return pa.Table.from_pylist([report], schema=REPORT)
 
-    def _label(self, shard: int) -> pa.Table:
-        work = self.index.read_shard(shard)
-        account = Attempts.begin(self.task.attempts_path(shard))
-        if account.careful:
-            poisoned = account.poisoned
+    def _label(self, work: pa.Table, account: Attempts) -> pa.Table:
+        """rows.LABELS of a shard, its images at once, or one by one where that goes wrong."""
+        if not account.careful:
+            try:
+                return self._label_rows(work)
+            except StorageError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever an image may cause
+                self._check_network(error)
+        return self._label_one_by_one(work, account)
 
-            def one(place: int) -> pa.Table:
-                bad = [0] if place in poisoned else []
-                return label_rows(self.task, self.predictor, self.pool, work.slice(place, 1), poisoned=bad)
+    def _label_one_by_one(self, work: pa.Table, account: Attempts) -> pa.Table:
+        poisoned = account.poisoned
+        failures: list[Exception] = []
 
-            tables = one_by_one(account, work.num_rows, one)
-            labels = pa.concat_tables(tables).sort_by("position") if tables else rows.LABELS.empty_table()
-        else:
-            labels = label_rows(self.task, self.predictor, self.pool, work)
-        account.end()
-        return labels
+        def one(place: int) -> pa.Table:
+            row = work.slice(place, 1)
+            if place in poisoned:
+                return rejected_rows(self.task, row, "crashed")
+            try:
+                return self._label_rows(row)
+            except StorageError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever an image may cause
+                self._check_network(error)
+                failures.append(error)
+                return rejected_rows(self.task, row, f"failed: {_in_short(error)}")
+
+        tables = one_by_one(account, work.num_rows, one)
+        if len(failures) == work.num_rows >= ALL_FAILED_FROM:
+            message = f"every image of a shard failed, the first with: {_in_short(failures[0])}"
+            raise MalError(message) from failures[0]
+        return pa.concat_tables(tables).sort_by("position")
+
+    def _label_rows(self, work: pa.Table) -> pa.Table:
+        return label_rows(self.task, self.predictor, self.pool, work, self.decode)
+
+    def _try_network(self) -> None:
+        side = self.task.crop_size
+        self.predictor.predict([BoxItem(np.zeros((side, side, 3), np.uint8), Box(0.0, 0.0, side / 2, side / 2))])
+
+    def _check_network(self, error: Exception) -> None:
+        """After ``error``: end this process if its network does not work any more."""
+        try:
+            self._try_network()
+        except Exception as second:  # noqa: BLE001  nothing can be done with it here
+            print(f"after {_in_short(error)} the network fails too: {_in_short(second)}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _in_short(error: Exception) -> str:
+    """One line for a ledger or a log."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_DETAIL].rstrip(": ")
 
 
 def actor_name() -> str:

@@ -1,7 +1,8 @@
 """The account of attempts at a shard: which image, if any, kills the process that labels it.
 
 A process that is killed (out of memory, a decoder that crashes) leaves no exception, so the account is written before
-the work. From the third attempt on a shard is labelled image by image, each announced first; an image that was
+the work. Only deaths of an actor count: when the whole run was stopped or killed, its last attempt proves nothing. From
+the third attempt on a shard is labelled image by image, each announced first; an image that was
 announced by `DEATHS_PER_IMAGE` attempts that never came back is rejected, and the rest of the shard is labelled.
 """
 
@@ -26,20 +27,24 @@ class Attempts:
     """The state of one shard's attempts, kept in a small JSON file."""
 
     path: str
+    run: str = ""
+    """Which run of the command makes this attempt."""
     attempt: int = 0
     deaths: Counter[int] = field(default_factory=Counter)
     """Place of an image in the shard -> deaths while it was announced."""
     announced: int | None = None
 
     @classmethod
-    def begin(cls, path: str) -> Attempts:
-        """Read the account, book the death of the attempt before, if any, and begin another."""
-        account = cls(path)
+    def begin(cls, path: str, run: str = "") -> Attempts:
+        """Read the account, book the death of this run's attempt before, if any, and begin another."""
+        account = cls(path, run)
         if storage.exists(path):
             saved: dict[str, Any] = json.loads(storage.read_bytes(path))
             account.attempt = saved["attempt"]
             account.deaths = Counter({int(place): n for place, n in saved["deaths"].items()})
-            if saved["announced"] is not None:
+            if saved["run"] != run:  # it ended with its run, by whatever ended that
+                account.attempt -= 1
+            elif saved["announced"] is not None:
                 account.deaths[saved["announced"]] += 1
         account.attempt += 1
         account._save()
@@ -64,7 +69,12 @@ class Attempts:
         storage.delete(self.path)
 
     def _save(self) -> None:
-        content = {"attempt": self.attempt, "deaths": dict(self.deaths), "announced": self.announced}
+        content = {
+            "run": self.run,
+            "attempt": self.attempt,
+            "deaths": dict(self.deaths),
+            "announced": self.announced,
+        }
         storage.write_bytes(self.path, json.dumps(content).encode())
 
 

@@ -9,8 +9,11 @@ from typing import Any, cast
 
 import pyarrow as pa
 
+from mal import storage
+from mal import storage
 from mal.errors import ClusterError, MalError
-from mal.labelling.actor import ShardLabeler
+from mal.labelling.pausable import PAUSED, PausableLabeler
+from mal.labelling.figures import LabellingFigures, RayMetrics
 from mal.labelling.task import LabelTask
 from mal.run.cluster import Cluster
 from mal.run.progress import ProgressLine
@@ -51,28 +54,40 @@ def pool_size(spec: Spec, pool: PoolSpec, cluster: Cluster, shards: int) -> Pool
 
 
 def label_all(
-    task: LabelTask, size: PoolSize, *, todo: list[int], boxes: int, boxes_done: int, status: StatusLog
+    task: LabelTask,
+    size: PoolSize,
+    *,
+    todo: list[int],
+    boxes: int,
+    boxes_done: int,
+    status: StatusLog,
+    labeler: type[ShardLabeler] = ShardLabeler,
 ) -> float:
-    """Label the shards ``todo``; returns the seconds it took. Progress goes to the screen and to ``status``.
+    """Label the shards ``todo``; returns the seconds it took.
+
+    Progress goes to the screen, to ``status``, and to Ray's metrics (`mal.labelling.figures`).
+
+    Args:
+        labeler: what the actors are; benchmarks and tests have their own.
 
     Raises:
         MalError: whatever stopped an actor.
     """
-    rejected = 0
-    actors: set[str] = set()
+    figures = LabellingFigures(boxes, boxes_done)
+    metrics = RayMetrics(storage.parent(task.shards_folder))
 
     def report(line: str) -> None:
-        status.write("RUNNING", line)
+        status.write("RUNNING", line, figures.values())
 
     with ProgressLine("labelling", boxes, "boxes", already=boxes_done, on_line=report) as progress:
-        for row in _reports(task, size, todo):
-            rejected += row["rejected"]
-            actors.add(row["actor"])
-            progress.advance(row["boxes"], f"{len(actors)} actors, {rejected} rejected")
+        for row in _reports(task, size, todo, labeler):
+            figures.add(row)
+            metrics.show(figures.values())
+            progress.advance(row["boxes"], f"{figures.actors} actors, {figures.rejected} rejected")
         return progress.rate.seconds
 
 
-def _reports(task: LabelTask, size: PoolSize, todo: list[int]) -> Iterator[dict[str, Any]]:
+def _reports(task: LabelTask, size: PoolSize, todo: list[int], labeler: type[ShardLabeler]) -> Iterator[dict[str, Any]]:
     """Run the Ray Data pipeline; one report per finished shard, as they finish."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -85,10 +100,10 @@ def _reports(task: LabelTask, size: PoolSize, todo: list[int]) -> Iterator[dict[
     # from_arrow, which starts a task per block to look at it.)
     shards = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
     dataset = shards.map_batches(
-        ShardLabeler,
+        labeler,
         batch_format="pyarrow",
         batch_size=1,
-        fn_constructor_args=(task,),
+        fn_constructor_args=(task, folder),
         num_cpus=size.cpus,
         num_gpus=size.gpus or None,
         compute=ActorPoolStrategy(

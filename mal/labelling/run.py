@@ -8,8 +8,10 @@ from mal import storage
 from mal.data.index import Index, Summary, build_index, fingerprint, open_index
 from mal.data.index_folder import SUMMARY_FILE
 from mal.errors import MalError
+from mal.labelling.actor import ShardLabeler
 from mal.labelling.pool import label_all, pool_size
 from mal.labelling.task import file_fingerprint, make_task, missing_shards, result_keys, shard_name
+from mal.run import pause
 from mal.run.cluster import connected
 from mal.run.manifest import claim
 from mal.run.status import StatusLog
@@ -40,11 +42,16 @@ def label_file(
     img_dir: str,
     load_mask: bool,
     status: StatusLog,
+    labeler: type[ShardLabeler] = ShardLabeler,
 ) -> LabelledRun:
     """Label every box of ``ann_path`` into ``<folder>/shards``; what is there already is not done again.
 
+    Args:
+        labeler: see `mal.labelling.pool.label_all`.
+
     Raises:
         RunMismatchError: the folder was begun with another input, model or spec.
+        RunPausedError: the run was asked to pause.
         MalError: whatever stopped the work.
     """
     assert pool.checkpoint is not None, "checked before"
@@ -75,10 +82,13 @@ def label_file(
                 load_mask=load_mask,
                 gpu=cluster.gpus > 0,
             )
-            seconds = label_all(task, size, todo=todo, boxes=total, boxes_done=done, status=status)
+            seconds = label_all(task, size, todo=todo, boxes=total, boxes_done=done, status=status, labeler=labeler)
     left = missing_shards(shards_folder, index.shards)
+    if left and pause.asked(storage.parent(status.path)):
+        raise pause.paused(f"{index.shards - len(left)} of {index.shards} shards are done")
     if left:
         raise MalError(f"{len(left)} shards were not finished; run the same command again")
+    storage.delete_leftovers(shards_folder)
     paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
     return LabelledRun(index, paths, seconds, total - done, actors)
 

@@ -1,27 +1,34 @@
 """One shard: its rows of the index in, its label rows out. Plain Python, no Ray.
 
 Images are decoded ahead by threads, once each; their boxes wait in one queue per band, and a queue that is full is run
-as one batch, so that the boxes of one band go through the mask head together.
+as one batch, so that the boxes of one band go through the mask head together. What an image's work raises besides
+`ImageError` is not handled here: `mal.labelling.actor` finds the image.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from mal import boxes, masks, rows
 from mal.data import images
+from mal.errors import InputError
 from mal.labelling.task import LabelTask
 from mal.predictor import BoxItem, MaskResult, Predictor
+
+Decode = Callable[[dict[str, Any]], NDArray[np.uint8]]
+"""A row of rows.INDEX -> its image as RGB [H, W, 3] of the size in the row. Raises ImageError."""
 
 
 @dataclass(slots=True)
@@ -34,25 +41,22 @@ class _Waiting:
 
 
 def label_rows(
-    task: LabelTask,
-    predictor: Predictor,
-    pool: ThreadPoolExecutor,
-    index_rows: pa.Table,
-    *,
-    poisoned: Sequence[int] = (),
+    task: LabelTask, predictor: Predictor, pool: ThreadPoolExecutor, index_rows: pa.Table, decode: Decode | None = None
 ) -> pa.Table:
     """Label every box of some rows of the index.
 
     Args:
         index_rows: rows.INDEX.
-        poisoned: places in ``index_rows`` whose image has killed its process: they are rejected unread.
+        decode: run in the threads of ``pool``; by default `decode_image`. What it raises besides ImageError comes out
+            of here.
 
     Returns:
         rows.LABELS, one row per box in the order of the index, rejected boxes included.
     """
     finished: list[dict[str, Any]] = []
     queues: list[list[_Waiting]] = [[] for _ in boxes.BANDS]
-    for record, decoded in _decoded_ahead(task, pool, index_rows, poisoned):
+    decode = decode or functools.partial(decode_image, task)
+    for record, decoded in _decoded_ahead(pool, index_rows, decode, ahead=task.decode_threads):
         if isinstance(decoded, str):
             finished += [_label_row(task, record, box, reason=decoded) for box in record["boxes"]]
             continue
@@ -67,42 +71,55 @@ def label_rows(
     rest = [waiting for queue in queues for waiting in queue]
     for start in range(0, len(rest), task.batch_size):
         finished += _run(predictor, rest[start : start + task.batch_size])
-    finished.sort(key=lambda row: row["position"])
-    return pa.Table.from_pylist(finished, schema=rows.LABELS)
+    return _table(finished)
+
+
+def rejected_rows(task: LabelTask, index_rows: pa.Table, reason: str) -> pa.Table:
+    """Rows of rows.LABELS that reject every box of some rows of the index for ``reason``, without reading an image."""
+    return _table(
+        [_label_row(task, record, box, reason=reason) for record in _records(index_rows) for box in record["boxes"]]
+    )
+
+
+def _table(label_rows: list[dict[str, Any]]) -> pa.Table:
+    label_rows.sort(key=lambda row: row["position"])
+    return pa.Table.from_pylist(label_rows, schema=rows.LABELS)
+
+
+def decode_image(task: LabelTask, record: dict[str, Any]) -> NDArray[np.uint8]:
+    """The image of an index row, read from ``task.img_dir``. Raises ImageError."""
+    path = images.safe_join(task.img_dir, record["file_name"])
+    expected = (record["width"], record["height"])
+    return images.decode(path, expected=expected, max_pixels=task.max_image_pixels)
 
 
 def _decoded_ahead(
-    task: LabelTask, pool: ThreadPoolExecutor, index_rows: pa.Table, poisoned: Sequence[int]
+    pool: ThreadPoolExecutor, index_rows: pa.Table, decode: Decode, ahead: int
 ) -> Iterator[tuple[dict[str, Any], NDArray[np.uint8] | str]]:
-    """Each row with its image, or with the reason why there is none; a few images ahead of the consumer."""
-    ahead: deque[tuple[dict[str, Any], Future[NDArray[np.uint8] | str]]] = deque()
+    """Each row with its image, or with the reason why there is none; ``ahead`` images ahead of the consumer."""
+
+    def tried(record: dict[str, Any]) -> NDArray[np.uint8] | str:
+        try:
+            return decode(record)
+        except images.ImageError as error:
+            return error.reason
+
+    queue: deque[tuple[dict[str, Any], Future[NDArray[np.uint8] | str]]] = deque()
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [future.cancel() for _, future in ahead])
-        for place, record in enumerate(_records(index_rows)):
-            ahead.append((record, pool.submit(_decode, task, record, place in poisoned)))
-            if len(ahead) > task.decode_threads:
-                waiting, future = ahead.popleft()
+        stack.callback(lambda: [future.cancel() for _, future in queue])
+        for record in _records(index_rows):
+            queue.append((record, pool.submit(tried, record)))
+            if len(queue) > ahead:
+                waiting, future = queue.popleft()
                 yield waiting, future.result()
-        while ahead:
-            waiting, future = ahead.popleft()
+        while queue:
+            waiting, future = queue.popleft()
             yield waiting, future.result()
 
 
 def _records(index_rows: pa.Table) -> Iterable[dict[str, Any]]:
     for batch in index_rows.to_batches(max_chunksize=64):
         yield from batch.to_pylist()
-
-
-def _decode(task: LabelTask, record: dict[str, Any], poisoned: bool) -> NDArray[np.uint8] | str:
-    """The image of an index row as RGB [H, W, 3], or the reason why its boxes are rejected."""
-    if poisoned:
-        return "crashed"
-    try:
-        path = images.safe_join(task.img_dir, record["file_name"])
-        expected = (record["width"], record["height"])
-        return images.decode(path, expected=expected, max_pixels=task.max_image_pixels)
-    except images.ImageError as error:
-        return error.reason
 
 
 def _waiting(task: LabelTask, record: dict[str, Any], box: dict[str, Any], image: NDArray[np.uint8]) -> _Waiting:
@@ -124,9 +141,16 @@ def _label_row(
 
 
 def _run(predictor: Predictor, batch: Sequence[_Waiting]) -> list[dict[str, Any]]:
-    """Fill in the masks of a batch."""
-    results = predictor.predict([waiting.item for waiting in batch])
-    return [_filled(waiting, result) for waiting, result in zip(batch, results, strict=True)]
+    """Fill in the masks of a batch; one that is too large for the device's memory goes through in halves."""
+    try:
+        results = predictor.predict([waiting.item for waiting in batch])
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    else:
+        return [_filled(waiting, result) for waiting, result in zip(batch, results, strict=True)]
+    half = len(batch) // 2
+    return _run(predictor, batch[:half]) + _run(predictor, batch[half:])
 
 
 def _filled(waiting: _Waiting, result: MaskResult) -> dict[str, Any]:
@@ -134,6 +158,9 @@ def _filled(waiting: _Waiting, result: MaskResult) -> dict[str, Any]:
     row["counts"], row["area"] = result.counts, result.area
     if waiting.truth is not None:
         size = (row["height"], row["width"])
-        truth = masks.from_segmentation(json.loads(waiting.truth), *size)
+        try:
+            truth = masks.from_segmentation(json.loads(waiting.truth), *size)
+        except InputError:  # the box is labelled all the same; there is nothing to compare its mask with
+            return row
         row["iou"] = masks.iou(masks.rle(result.counts, *size), truth)
     return row

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mal import storage
 from mal.spec.load import spec_to_values
 from mal.spec.schema import ModelSpec, PoolSpec, Spec
+
+_S3_VARIABLES = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,10 @@ class LabelTask:
     """Threads of the network on a CPU."""
     decode_threads: int
     use_gpu: bool
+    run: str
+    """Which run of the command this is; see `mal.labelling.attempts`."""
+    environment: Mapping[str, str] = field(repr=False)
+    """Access to the object store, as this process has it. Not in Ray's runtime environment, which ends up in logs."""
 
     def shard_path(self, shard: int) -> str:
         """The parquet file of a finished shard; its presence means the shard is done."""
@@ -82,7 +94,17 @@ def make_task(
         threads=threads,
         decode_threads=pool.decode_threads or max(2, threads),
         use_gpu=gpu,
+        run=secrets.token_hex(4),
+        environment=storage_environment(),
     )
+
+
+def storage_environment() -> dict[str, str]:
+    """The variables of this process that say how S3 is reached, secrets among them.
+
+    Those that name files or services of one machine (a profile, a token file) are left to each node.
+    """
+    return {name: os.environ[name] for name in _S3_VARIABLES if name in os.environ}
 
 
 def file_fingerprint(path: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from mal import boxes, masks, rows
-from mal.labelling.shard import label_rows
+from mal.labelling.shard import label_rows, rejected_rows
 from mal.labelling.task import make_task
 from mal.predictor import Predictor
 from mal.spec.load import load_spec
@@ -56,13 +56,13 @@ def line(tmp_path):
         gpu=False,
     )
 
-    def label(index: pa.Table, **more: object) -> list[dict[str, object]]:
+    def label(index: pa.Table) -> list[dict[str, object]]:
         with ThreadPoolExecutor(2) as pool:
-            labels = label_rows(task, Predictor(network, crop_size=32), pool, index, **more)
+            labels = label_rows(task, Predictor(network, crop_size=32), pool, index)
         assert labels.schema == rows.LABELS
         return labels.to_pylist()
 
-    label.network = network
+    label.network, label.task = network, task
     return label
 
 
@@ -155,6 +155,33 @@ def test_the_iou_with_the_inputs_mask_is_measured(line, tmp_path):
     assert second["iou"] is None
 
 
-def test_an_image_that_kills_is_not_read(line, tmp_path):
-    record = {"image_id": 1, "file_name": "absent.png", "width": 40, "height": 40, "boxes": [_box(0, [1, 1, 9, 9])]}
-    assert line(_index([record]), poisoned=[0])[0]["reason"] == "crashed"
+def test_rejected_rows_need_no_image(line):
+    record = {"image_id": 1, "file_name": "absent.png", "width": 40, "height": 40}
+    index = _index([{**record, "boxes": [_box(0, [1, 1, 9, 9]), _box(1, [2, 2, 9, 9])]}])
+    rejected = rejected_rows(line.task, index, "crashed").to_pylist()
+    assert [row["position"] for row in rejected] == [0, 1]
+    assert {row["reason"] for row in rejected} == {"crashed"}
+    assert {row["counts"] for row in rejected} == {None}
+
+
+def test_a_mask_of_the_input_that_is_broken_costs_the_comparison_and_not_the_box(line, tmp_path):
+    _image(tmp_path, "a.png", 40, 40)
+    broken = [_box(0, [10, 10, 20, 20], segmentation="[[1, 2]]"), _box(1, [10, 10, 20, 20], segmentation='{"size": 1}')]
+    found = line(_index([{"image_id": 1, "file_name": "a.png", "width": 40, "height": 40, "boxes": broken}]))
+    assert [(row["reason"], row["iou"]) for row in found] == [(None, None)] * 2
+    assert all(row["area"] > 0 for row in found)
+
+
+def test_a_batch_too_large_for_the_device_goes_through_in_parts(line, tmp_path):
+    _image(tmp_path, "a.png", 100, 100)
+
+    def forward(images: torch.Tensor, areas: torch.Tensor) -> torch.Tensor:
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return torch.full((len(images), 8, 8), 9.0)
+
+    line.network.forward = forward
+    bboxes = [_box(k, [k, k, 20, 20]) for k in range(6)]
+    found = line(_index([{"image_id": 1, "file_name": "a.png", "width": 100, "height": 100, "boxes": bboxes}]))
+    assert [row["position"] for row in found] == list(range(6))
+    assert all(row["area"] > 0 for row in found)

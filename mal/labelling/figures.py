@@ -1,0 +1,83 @@
+"""The figures of a labelling run that goes on: for the progress line, for ``status.json`` and as Ray metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mal.run.progress import Rate
+
+METRICS = {
+    "boxes_total": "boxes to be labelled, those of earlier attempts included",
+    "boxes_done": "boxes labelled or rejected, those of earlier attempts included",
+    "boxes_rejected": "boxes rejected since this attempt began",
+    "boxes_per_second": "over the last minute",
+    "boxes_per_second_mean": "since this attempt began",
+    "seconds_left": "at the mean rate",
+    "actors": "actors that have finished a shard lately",
+}
+"""Name -> meaning. Prometheus knows them as ``ray_mal_<name>``, with the run's folder as the tag ``run``."""
+
+_LATELY_SECONDS = 60.0
+_LATELY_SHARDS = 3.0
+
+
+class LabellingFigures:
+    """Counts what the actors report.
+
+    Args:
+        total, done: boxes in all, and those that earlier attempts did.
+        clock: seconds; for tests.
+    """
+
+    def __init__(self, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total = total
+        self.rejected = 0
+        self._earlier = done
+        self._clock = clock
+        self._rate = Rate(clock)
+        self._seen: dict[str, tuple[float, float]] = {}
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        """Count a row of `mal.labelling.actor.REPORT`."""
+        self._rate.add(report["boxes"])
+        self.rejected += report["rejected"]
+        self._seen[report["actor"]] = (self._clock(), report["seconds"])
+
+    @property
+    def actors(self) -> int:
+        """Actors that have finished a shard within the time of a few of theirs; one that died drops out."""
+        now = self._clock()
+        return sum(now - then <= _LATELY_SECONDS + _LATELY_SHARDS * took for then, took in self._seen.values())
+
+    def values(self) -> dict[str, float]:
+        """By the names of METRICS; what is not known yet is NaN."""
+        done = self._earlier + self._rate.done
+        mean = self._rate.mean
+        return {
+            "boxes_total": float(self.total),
+            "boxes_done": done,
+            "boxes_rejected": float(self.rejected),
+            "boxes_per_second": self._rate.now,
+            "boxes_per_second_mean": mean,
+            "seconds_left": (self.total - done) / mean if self._rate.done else math.nan,
+            "actors": float(self.actors),
+        }
+
+
+class RayMetrics:
+    """Gauges of Ray that show `LabellingFigures`. Needs a connection to Ray."""
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._tags = {"run": run}
+        self._gauges = {name: Gauge(f"mal_{name}", text, tag_keys=("run",)) for name, text in METRICS.items()}
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Set them; a value that is not known is left as it was."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._gauges[name].set(value, self._tags)
