@@ -16,6 +16,7 @@ from mal import storage
 from mal.data.index import build_index
 from mal.data.training_set import load_training_boxes
 from mal.errors import ClusterError, MalError, TrainingError
+from mal.run import pause
 from mal.run.cluster import Cluster, connected
 from mal.run.progress import ProgressLine
 from mal.run.status import StatusLog, task_status
@@ -39,6 +40,7 @@ def run_training(spec: Spec) -> dict[str, Any]:
 
     Raises:
         SpecError: before anything is started.
+        RunPausedError: training was asked to pause.
         MalError: whatever stopped training.
     """
     check_task(spec, "train")
@@ -58,6 +60,9 @@ def run_training(spec: Spec) -> dict[str, Any]:
             print(f"training on {workers} {what} worker{'s' if workers > 1 else ''}{note}: {folder}", flush=True)
             with _progress(task, boxes, done, status) as board:
                 _fit(task, board)
+        done = epochs_done(task)
+        if done < spec.train.num_epochs and pause.asked(folder):
+            raise pause.paused(f"{done} of {spec.train.num_epochs} epochs are done")
         summary = write_summary(folder, "train", spec, begun, {"boxes": boxes, "checkpoint": task.latest})
         status.write("SUCCESS", f"training finished: {task.latest}")
         print(f"checkpoint: {task.latest}")

@@ -6,6 +6,7 @@ All ranks make the same decisions at the same steps (they share the reduced loss
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from mal.data.training_set import TrainingSet, load_training_boxes
 from mal.errors import MalError, NonFiniteLossError, OutOfMemoryError
 from mal.model.network import StudentTeacher, build_network
 from mal.model.weights import load_pretrained, read_checkpoint
+from mal.run import pause
 from mal.training import checkpoints
 from mal.training.events import EventLog
 from mal.training.step import Batch, Moment, Stepper
@@ -66,9 +68,10 @@ def _out_of_memory(task: TrainTask, error: Exception) -> OutOfMemoryError:
 def _train(task: TrainTask, board: Any) -> None:
     import ray.train
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     rank = ray.train.get_context().get_world_rank()
     worker = Worker(task, rank, _device(task), board)
-    while worker.state.epoch < task.spec.train.num_epochs:
+    while worker.state.epoch < task.spec.train.num_epochs and not worker.paused:
         worker.run_epoch()
         ray.train.report({"epoch": worker.state.epoch, **worker.state.scores})
     worker.close()
@@ -95,6 +98,8 @@ class Worker:
     rank: int
     device: torch.device
     board: Any
+    paused: bool = False
+    """Asked to pause: the epoch was finished and saved, and no other is begun."""
     _pending: list[Tensor] = field(default_factory=list)
     _last_report: float = field(default_factory=time.monotonic)
 
@@ -139,7 +144,8 @@ class Worker:
         last = self.state.epoch == train.num_epochs
         if self.task.val_index and (last or self.state.epoch % train.validation_interval == 0):
             self.state.scores = validate(self.task, self.stepper, self.rank, self.events, self.state.global_step)
-        if last or self.state.epoch % train.checkpoint_interval == 0:
+        self.paused = self._pause_asked()
+        if last or self.paused or self.state.epoch % train.checkpoint_interval == 0:
             s = self.stepper
             checkpoints.save(self.task, s.strategy, s.optimizer, s.scaler, self.state, self.rank)
         self._note_epoch(epoch)
@@ -169,6 +175,13 @@ class Worker:
             prefetch_factor=4 if processes else None,
             pin_memory=self.device.type == "cuda",
         )
+
+    def _pause_asked(self) -> bool:
+        """Whether the run was asked to pause; the first rank looks, so that all agree."""
+        asked = torch.tensor([self.rank == 0 and pause.asked(self.task.folder)], dtype=torch.int32, device=self.device)
+        if self.task.workers > 1:
+            dist.broadcast(asked, src=0)
+        return bool(asked.item())
 
     def _report_is_due(self) -> bool:
         """Whether to share the losses now; decided by the first rank's clock, so that all agree."""

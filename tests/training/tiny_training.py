@@ -1,0 +1,42 @@
+"""A tiny model and batches to train it on."""
+
+from __future__ import annotations
+
+import torch
+
+from mal.model.network import StudentTeacher, build_network
+from mal.spec.load import load_spec
+
+TINY = [
+    "dataset.crop_size=32",
+    "model.arch=vit-deit-tiny/16",
+    "model.mask_head_hidden_channel=8",
+    "model.mask_head_out_channel=8",
+    "train.crf_num_iter=3",
+    "train.use_amp=false",
+    "train.loss_mil_step=0",
+    "train.loss_crf_step=0",
+    "train.warmup_epochs=0",
+    "train.batch_size=2",
+    "train.lr=1e-4",
+]
+
+
+def tiny_spec(*overrides: str):
+    """The spec of a model that takes a tenth of a second a step."""
+    return load_spec(None, [*TINY, *overrides])
+
+
+def tiny_model(spec) -> StudentTeacher:
+    torch.manual_seed(0)
+    return StudentTeacher(build_network(spec.model, crop_size=spec.dataset.crop_size))
+
+
+def make_batch(seed: int, size: int) -> dict[str, torch.Tensor]:
+    """``size`` random crops with a box in the middle, of small, medium and large boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    box_mask = torch.zeros(size, 32, 32)
+    box_mask[:, 6:27, 4:25] = 1.0
+    areas = torch.tensor([500.0, 4000.0, 50000.0, 4000.0])[torch.arange(size) % 4].double()
+    return {"image": images, "teacher_image": images + 0.1, "box_mask": box_mask, "area": areas}
