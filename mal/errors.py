@@ -6,7 +6,8 @@ MalError                  a sentence for the user: what, which value, what to do
 ├── StorageError          a path cannot be read or written
 ├── CheckpointError       a checkpoint cannot be loaded or does not fit the model
 ├── RunMismatchError      a results folder was begun with other inputs
-├── ClusterError          Ray cannot give what the spec asks for
+├── ClusterError          Ray cannot give what the spec asks for, or cannot be reached
+├── RunPausedError        the run was asked to pause, and has saved its work              exit code 3
 └── TrainingError         training cannot go on
     ├── NonFiniteLossError    the loss is NaN or infinite
     └── OutOfMemoryError      the device has too little memory for a batch
@@ -56,6 +57,12 @@ class RunMismatchError(MalError):
 
 class ClusterError(MalError):
     """The Ray cluster at hand cannot give what the spec asks for."""
+
+
+class RunPausedError(MalError):
+    """The run was asked to pause; what it has done is saved, and the same command goes on."""
+
+    exit_code = 3
 
 
 class TrainingError(MalError):

@@ -39,6 +39,7 @@ from mal.model.network import MalNetwork, build_network
 from mal.model.precision import compute_name
 from mal.model.weights import load_network, read_checkpoint
 from mal.predictor import BoxItem, Predictor
+from mal.run import pause
 
 REPORT = pa.schema(
     [
@@ -50,6 +51,9 @@ REPORT = pa.schema(
     ]
 )
 """What an actor sends back for a shard. The rows themselves go straight to storage."""
+
+LEFT = -1
+"""Stands for the shard's number in the report of one that was left for later, because of a pause."""
 
 ALL_FAILED_FROM = 3
 """When this many images or more make a shard and all of them fail, the images are not to blame."""
@@ -84,8 +88,11 @@ class ShardLabeler:
         return pa.concat_tables([self.label(int(shard)) for shard in batch["shard"].to_pylist()])
 
     def label(self, shard: int) -> pa.Table:
-        """Label one shard, unless its file is there already. Returns one row of REPORT."""
+        """Label one shard, unless its file is there already or the run is asked to pause. Returns a row of REPORT."""
         begun = time.perf_counter()
+        if pause.asked(self.task.results_dir):
+            left = {"shard": LEFT, "boxes": 0, "rejected": 0, "seconds": 0.0, "actor": actor_name()}
+            return pa.Table.from_pylist([left], schema=REPORT)
         path = self.task.shard_path(shard)
         if storage.exists(path):  # an earlier attempt wrote it and died before it could say so
             with storage.open_read(path) as file:

@@ -10,9 +10,8 @@ from typing import Any, cast
 import pyarrow as pa
 
 from mal import storage
-from mal import storage
 from mal.errors import ClusterError, MalError
-from mal.labelling.pausable import PAUSED, PausableLabeler
+from mal.labelling.actor import LEFT, ShardLabeler
 from mal.labelling.figures import LabellingFigures, RayMetrics
 from mal.labelling.task import LabelTask
 from mal.run.cluster import Cluster
@@ -63,7 +62,7 @@ def label_all(
     status: StatusLog,
     labeler: type[ShardLabeler] = ShardLabeler,
 ) -> float:
-    """Label the shards ``todo``; returns the seconds it took.
+    """Label the shards ``todo``; returns the seconds it took. It ends early, with shards missing, on a pause.
 
     Progress goes to the screen, to ``status``, and to Ray's metrics (`mal.labelling.figures`).
 
@@ -80,11 +79,25 @@ def label_all(
         status.write("RUNNING", line, figures.values())
 
     with ProgressLine("labelling", boxes, "boxes", already=boxes_done, on_line=report) as progress:
-        for row in _reports(task, size, todo, labeler):
+        for row in _until_paused(_reports(task, size, todo, labeler)):
             figures.add(row)
             metrics.show(figures.values())
             progress.advance(row["boxes"], f"{figures.actors} actors, {figures.rejected} rejected")
         return progress.rate.seconds
+
+
+def _until_paused(reports: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The reports of shards that were done, until every actor heard of has left a shard because of a pause."""
+    heard: set[str] = set()
+    stopped: set[str] = set()
+    for row in reports:
+        heard.add(row["actor"])
+        if row["shard"] != LEFT:
+            yield row
+            continue
+        stopped.add(row["actor"])
+        if stopped == heard:  # nothing is at hand any more; the shards that are queued need not be gone through
+            return
 
 
 def _reports(task: LabelTask, size: PoolSize, todo: list[int], labeler: type[ShardLabeler]) -> Iterator[dict[str, Any]]:
@@ -103,7 +116,7 @@ def _reports(task: LabelTask, size: PoolSize, todo: list[int], labeler: type[Sha
         labeler,
         batch_format="pyarrow",
         batch_size=1,
-        fn_constructor_args=(task, folder),
+        fn_constructor_args=(task,),
         num_cpus=size.cpus,
         num_gpus=size.gpus or None,
         compute=ActorPoolStrategy(

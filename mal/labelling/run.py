@@ -76,6 +76,7 @@ def label_file(
                 spec,
                 pool,
                 folder=folder,
+                results_dir=storage.parent(status.path),
                 img_dir=img_dir,
                 checkpoint=pool.checkpoint,
                 model_id=model_id,

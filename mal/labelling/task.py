@@ -44,6 +44,8 @@ class LabelTask:
     """Threads of the network on a CPU."""
     decode_threads: int
     use_gpu: bool
+    results_dir: str
+    """The task's results folder, where a pause is asked for (`mal.run.pause`)."""
     run: str
     """Which run of the command this is; see `mal.labelling.attempts`."""
     environment: Mapping[str, str] = field(repr=False)
@@ -70,9 +72,18 @@ def missing_shards(shards_folder: str, shards: int) -> list[int]:
 
 
 def make_task(
-    spec: Spec, pool: PoolSpec, *, folder: str, img_dir: str, checkpoint: str, model_id: str, load_mask: bool, gpu: bool
+    spec: Spec,
+    pool: PoolSpec,
+    *,
+    folder: str,
+    img_dir: str,
+    checkpoint: str,
+    model_id: str,
+    load_mask: bool,
+    gpu: bool,
+    results_dir: str | None = None,
 ) -> LabelTask:
-    """The task of one labelling run in ``folder``, from the spec."""
+    """The task of one labelling run in ``folder``, from the spec; ``results_dir`` is where a pause is asked for."""
     threads = max(1, int(pool.cpus_per_actor))
     return LabelTask(
         index_folder=storage.join(folder, "index"),
@@ -94,6 +105,7 @@ def make_task(
         threads=threads,
         decode_threads=pool.decode_threads or max(2, threads),
         use_gpu=gpu,
+        results_dir=results_dir or folder,
         run=secrets.token_hex(4),
         environment=storage_environment(),
     )

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from mal import storage
-from mal.errors import MalError
+from mal.errors import MalError, RunPausedError
+from mal.run import pause
 
 State = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE", "SKIPPED"]
 _VERBOSITY = {"STARTED": "INFO", "RUNNING": "INFO", "SUCCESS": "INFO", "SKIPPED": "WARNING", "FAILURE": "ERROR"}
@@ -40,17 +41,21 @@ class StatusLog:
 
 @contextlib.contextmanager
 def task_status(folder: str, task: str) -> Iterator[StatusLog]:
-    """STARTED on entry; FAILURE on whatever leaves the block by an exception, Ctrl-C included.
+    """STARTED on entry; FAILURE on whatever leaves the block by an exception, Ctrl-C included; SKIPPED on a pause.
 
     The block itself writes SUCCESS, with its figures.
     """
     log = StatusLog(folder)
+    pause.forget_earlier(folder)
     log.write("STARTED", f"{task} started")
     try:
         yield log
+    except RunPausedError as error:
+        log.write("SKIPPED", f"{task} {error}")
+        raise
     except BaseException as error:
         message = str(error) if isinstance(error, MalError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
             message = "interrupted by the user; the same command goes on from here"
         try:
             log.write("FAILURE", f"{task} failed: {message}")

@@ -8,15 +8,18 @@ from mal.spec.derived import Action, max_actors
 from mal.spec.schema import PoolSpec, Spec
 
 
-def check_task(spec: Spec, action: Action) -> None:
-    """Raise SpecError with every mistake that would stop ``action``: missing keys, files, keys that contradict."""
-    problems = _required(spec, action) + _contradictions(spec, action)
+def check_task(spec: Spec, action: Action, *, files: bool = True) -> None:
+    """Raise SpecError with every mistake that would stop ``action``: missing keys, files, keys that contradict.
+
+    ``files=False`` does not look for the files: they may be in reach of the cluster only.
+    """
+    problems = _required(spec, action, files) + _contradictions(spec, action)
     if problems:
         raise SpecError(problems)
 
 
-def _required(spec: Spec, action: Action) -> list[str]:
-    """Problems with the input files that the task needs."""
+def _required(spec: Spec, action: Action, look: bool) -> list[str]:
+    """Problems with the input files that the task needs; whether they exist only if ``look``."""
     data, problems = spec.dataset, []
     files: dict[str, tuple[str | None, bool]] = {}
     if action == "train":
@@ -44,6 +47,8 @@ def _required(spec: Spec, action: Action) -> list[str]:
     for key, (path, needed) in files.items():
         if path is None:
             problems += [f"{key} is not set: {action} needs it; add it to the spec or {key}=PATH"] if needed else []
+            continue
+        if not look:
             continue
         try:
             # A folder of an object store need not exist as an object: there the first read tells.

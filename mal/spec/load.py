@@ -30,12 +30,20 @@ def load_spec(path: str | None, overrides: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: with every mistake: unknown keys, wrong types, values out of bounds, unreadable YAML.
     """
+    return spec_from_values(read_values(path, overrides))
+
+
+def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys that a spec file and overrides give, as nested mappings, references resolved, otherwise unchecked.
+
+    Raises:
+        SpecError: unreadable YAML or overrides.
+    """
     config = OmegaConf.merge(_read_yaml(path), _read_overrides(overrides))
     try:
-        values = OmegaConf.to_container(config, resolve=True)
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except omegaconf.errors.OmegaConfBaseException as error:
         raise SpecError(f"{path or 'overrides'}: {_first_line(error)}") from error
-    return spec_from_values(values)
 
 
 def spec_from_values(values: Any) -> Spec:
