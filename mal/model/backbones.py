@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mal.architectures import TIMM_PREFIX, Architecture, get_architecture
 from mal.errors import CheckpointError, SpecError
-from mal.model.architectures import TIMM_PREFIX, Architecture, get_architecture
 
 Stem = Literal["patch", "conv"]
 Stage = Sequence[nn.Module | nn.Parameter]
@@ -126,7 +126,7 @@ class VitBackbone(Backbone, VisionTransformer):
 def build_backbone(
     name: str, *, crop_size: int = 512, drop_path: float = 0.0, pretrained: bool = False, stem: Stem = "patch"
 ) -> Backbone:
-    """The backbone called ``name``: one of `mal.model.architectures.ARCHITECTURES`, or ``timm/<name>``.
+    """The backbone called ``name``: one of `mal.architectures.ARCHITECTURES`, or ``timm/<name>``.
 
     Args:
         crop_size: side of the crops (`dataset.crop_size`), for those timm models that are built for one size.

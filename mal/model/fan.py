@@ -20,7 +20,7 @@ from timm.models.convnext import ConvNeXtStage
 from timm.models.xcit import LPI, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier
 from torch import Tensor, nn
 
-from mal.model.architectures import Architecture
+from mal.architectures import Architecture
 from mal.model.backbones import Backbone, Stage
 
 NORM_EPSILON = 1e-6

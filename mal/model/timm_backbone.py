@@ -14,8 +14,8 @@ import timm
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from mal.architectures import TIMM_PREFIX
 from mal.errors import SpecError
-from mal.model.architectures import TIMM_PREFIX
 from mal.model.backbones import Backbone, Stage, explain_fetching
 
 COARSEST = 16

@@ -20,8 +20,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from mal import storage
+from mal.architectures import ARCHITECTURES
 from mal.errors import CheckpointError
-from mal.model.architectures import ARCHITECTURES
 from mal.model.backbones import Backbone, Stem
 from mal.model.network import MalNetwork, StudentTeacher
 from mal.model.safe_loading import load_content, load_pickle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mal import storage
+from mal.architectures import TIMM_PREFIX, get_architecture
 from mal.errors import SpecError, StorageError
 from mal.spec.derived import Action, max_actors
 from mal.spec.schema import PoolSpec, Spec
@@ -13,7 +14,7 @@ def check_task(spec: Spec, action: Action, *, files: bool = True) -> None:
 
     ``files=False`` does not look for the files: they may be in reach of the cluster only.
     """
-    problems = _required(spec, action, files) + _contradictions(spec, action)
+    problems = _required(spec, action, files) + _model(spec) + _contradictions(spec)
     if problems:
         raise SpecError(problems)
 
@@ -59,7 +60,22 @@ def _required(spec: Spec, action: Action, look: bool) -> list[str]:
     return problems
 
 
-def _contradictions(spec: Spec, action: Action) -> list[str]:
+def _model(spec: Spec) -> list[str]:
+    """Problems with the architecture. What timm builds is known only to timm: that is checked when it is built."""
+    name, crop_size = spec.model.arch, spec.dataset.crop_size
+    if name.startswith(TIMM_PREFIX):
+        return []
+    try:
+        stride = get_architecture(name).stride
+    except SpecError as error:
+        return error.problems
+    if crop_size % stride:
+        near = f"{crop_size // stride * stride} or {(crop_size // stride + 1) * stride}"
+        return [f"dataset.crop_size = {crop_size}: it must be a multiple of {stride} for {name}, such as {near}"]
+    return []
+
+
+def _contradictions(spec: Spec) -> list[str]:
     """Problems between keys."""
     problems, train, data = [], spec.train, spec.dataset
     if data.min_obj_size >= data.max_obj_size:
@@ -76,7 +92,7 @@ def _contradictions(spec: Spec, action: Action) -> list[str]:
         )
     if len(train.mask_thres) not in (1, 3):
         problems.append(f"train.mask_thres = {list(train.mask_thres)}: give one value, or three (small, medium, large)")
-    if action == "train" and spec.encryption_key:
+    if spec.encryption_key:
         problems.append("encryption_key is set, but encrypted checkpoints are not supported yet: leave it out")
     if spec.evaluate.comp_clustering:
         problems.append("evaluate.comp_clustering = True: component clustering does not exist here; leave it false")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mal.model.architectures import Architecture
+from mal.architectures import Architecture
 from mal.model.backbones import VitBackbone
 from mal.model.network import MalNetwork
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from mal.architectures import ARCHITECTURES, Architecture
 from mal.errors import SpecError
-from mal.model.architectures import ARCHITECTURES, Architecture
 from mal.model.backbones import VitBackbone, build_backbone, freeze
 from mal.model.network import MalNetwork, StudentTeacher
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from mal.model.architectures import ARCHITECTURES, Architecture
+from mal.architectures import ARCHITECTURES, Architecture
 from mal.model.backbones import freeze
 from mal.model.fan import ChannelProcessing, FanBackbone, PatchTokensOfClassAttention
 from mal.model.network import MalNetwork, StudentTeacher

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mal.architectures import Architecture
 from mal.boxes import band_index
 from mal.errors import SpecError
-from mal.model.architectures import Architecture
 from mal.model.backbones import VitBackbone, build_backbone
 from mal.model.network import MalNetwork, StudentTeacher, band_of
 

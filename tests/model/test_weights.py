@@ -12,8 +12,8 @@ import timm
 import torch
 from torch import Tensor
 
+from mal.architectures import ARCHITECTURES, Architecture
 from mal.errors import CheckpointError
-from mal.model.architectures import ARCHITECTURES, Architecture
 from mal.model.backbones import VitBackbone, build_backbone
 from mal.model.network import MalNetwork, StudentTeacher
 from mal.model.weights import (

@@ -2,8 +2,8 @@
 
 import pytest
 
+from mal.architectures import ARCHITECTURES, DEFAULT, get_architecture
 from mal.errors import SpecError
-from mal.model.architectures import ARCHITECTURES, DEFAULT, get_architecture
 
 
 def test_thirteen_with_default() -> None:
