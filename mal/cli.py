@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from mal import __version__
 from mal.errors import MalError
 from mal.spec.schema import Spec
+from mal.tools.commands import add_tool_commands
 
 _EPILOG = """\
 Any key of the spec can be given on the command line: mal train -e spec.yaml train.lr=1e-5 dataset.crop_size=256
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--results-dir", default="results/demo", help="folder of everything the demo makes (%(default)s)")
     demo.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the demo's spec")
     demo.set_defaults(run=_demo)
+    add_tool_commands(commands)
     return parser
 
 

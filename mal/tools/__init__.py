@@ -1,0 +1,1 @@
+"""Tools around the three tasks: what can be built, checkpoints from one form to another, networks as ONNX."""
