@@ -1,13 +1,20 @@
-"""The command ``mal``: parse, load the spec, call the task. Exit codes: 0 done, 1 failed, 2 a wrong spec or command."""
+"""The command ``mal``: parse, load the spec, call the task.
+
+Exit codes: 0 done, 1 failed, 2 a wrong spec or command, 3 paused.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from mal import __version__
+from mal.client.commands import add_job_commands
 from mal.errors import MalError
+from mal.run.secrets import ENCRYPTION_KEY
 from mal.spec.schema import Spec
 from mal.tools.commands import add_tool_commands
 
@@ -61,13 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the demo's spec")
     demo.set_defaults(run=_demo)
     add_tool_commands(commands)
+    add_job_commands(commands)
     return parser
 
 
 def _load(options: argparse.Namespace) -> Spec:
     from mal.spec.load import load_spec
 
-    return load_spec(options.experiment_spec, options.overrides)
+    spec = load_spec(options.experiment_spec, options.overrides)
+    key = os.environ.get(ENCRYPTION_KEY)
+    return dataclasses.replace(spec, encryption_key=key) if key and not spec.encryption_key else spec
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -54,7 +54,9 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
     if ray.is_initialized():
         yield _describe(embedded=not address)
         return
-    runtime_env = {"env_vars": WORKER_ENVIRONMENT}
+    # A job may have been given some of these: its own values stay, and Ray is told that this is no contradiction.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    runtime_env = {"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}}
     common: dict[str, Any] = {"namespace": namespace, "runtime_env": runtime_env, "logging_level": logging.WARNING}
     if address:
         try:
