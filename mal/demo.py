@@ -23,33 +23,36 @@ from mal.spec.load import load_spec
 from mal.spec.schema import Spec
 from mal.training.launch import run_training
 
-TRAIN_SCENES, VAL_SCENES = 320, 48
+TRAIN_SCENES, VAL_SCENES = 400, 48
 TRAIN_SEED, VAL_SEED = 1, 2
 PICTURES = 12
 
-# Found by trying, for learning from scratch in two minutes on two CPU cores; not a recipe for photographs.
+# Found by trying, for learning from scratch within two minutes on two CPU cores; not a recipe for photographs. A
+# convolutional backbone learns from so little, a ViT stays at the filled box.
 RECIPE: dict[str, Any] = {
-    "dataset.crop_size": 128,
-    "dataset.min_obj_size": 256,
+    "dataset.crop_size": 96,
     "dataset.num_workers_per_gpu": 0,
-    "model.arch": "vit-deit-tiny/16",
+    "model.arch": "timm/resnet18",
     "model.mask_head_hidden_channel": 64,
     "model.mask_head_out_channel": 64,
-    "model.teacher_momentum": 0.98,
+    "model.teacher_momentum": 0.95,
     "train.num_gpus": 2,
-    "train.num_epochs": 10,
-    "train.batch_size": 16,
-    "train.lr": 3e-5,
-    "train.optim_betas": [0.9, 0.99],
-    "train.warmup_epochs": 0.5,
-    "train.min_lr_rate": 0.02,
-    "train.loss_mil_step": 20,
-    "train.loss_crf_step": 40,
+    "train.num_epochs": 4,
+    "train.batch_size": 8,
+    "train.lr": 9.4e-5,
+    "train.optim_betas": [0.9, 0.999],
+    "train.warmup_epochs": 0.4,
+    "train.min_lr_rate": 0.05,
+    "train.loss_mil_step": 0,
+    "train.loss_crf_step": 30,
     "train.loss_crf_weight": 2.0,
-    "train.crf_num_iter": 30,
-    "train.mask_thres": [0.4],
-    "train.validation_interval": 5,
-    "train.checkpoint_interval": 5,
+    "train.crf_kernel_size": 5,
+    "train.crf_zeta": 0.3,
+    "train.crf_num_iter": 15,
+    "train.crf_value_low_thres": 0.12,
+    "train.mask_thres": [0.5],
+    "train.validation_interval": 2,
+    "train.checkpoint_interval": 2,
     "evaluate.batch_size": 8,
     "evaluate.shard_boxes": 64,
     "inference.batch_size": 8,
