@@ -34,10 +34,10 @@ class JobServer:
 
     def __init__(self, address: str | None = None) -> None:
         self.address = server_address(address)
-        for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.job_submission", "ray._private.authentication"):
-            logging.getLogger(logger).setLevel(logging.WARNING)
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         # Ray's client would prefer the environment's address to the one it is given.
         with _environment({"RAY_API_SERVER_ADDRESS": self.address}):
             self._client: Any = self._explained(lambda: JobSubmissionClient(self.address))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "1" if sys.stderr.isatty() else "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
@@ -56,7 +58,10 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
         return
     # A job may have been given some of these: its own values stay, and Ray is told that this is no contradiction.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    runtime_env = {"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}}
+    variables = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
+    if address and "://" not in address and ":" in address:
+        variables["RAY_ADDRESS"] = address  # Ray Train's own actors look for it where a machine has several Rays
+    runtime_env = {"env_vars": variables}
     common: dict[str, Any] = {"namespace": namespace, "runtime_env": runtime_env, "logging_level": logging.WARNING}
     if address:
         try:
