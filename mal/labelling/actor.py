@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -48,9 +49,11 @@ REPORT = pa.schema(
         ("rejected", pa.int64()),
         ("seconds", pa.float64()),
         ("actor", pa.string()),
+        ("error", pa.binary()),  # a pickled MalError, after which the run stops; null if the shard is done
     ]
 )
-"""What an actor sends back for a shard. The rows themselves go straight to storage."""
+"""What an actor sends back for a shard. The rows themselves go straight to storage. Errors are sent as well, since an
+exception that passes through Ray Data arrives without its cause."""
 
 LEFT = -1
 """Stands for the shard's number in the report of one that was left for later, because of a pause."""
@@ -70,10 +73,20 @@ class ShardLabeler:
     def __init__(self, task: LabelTask) -> None:
         os.environ.update(task.environment)
         self.task = task
-        self.index = open_index(task.index_folder)
         self.pool = ThreadPoolExecutor(task.decode_threads, thread_name_prefix="decode")
+        self._not_begun: MalError | None = None
+        try:
+            self._begin()
+        except MalError as error:
+            self._not_begun = error  # reported in place of the first shard
+
+    def _begin(self) -> None:
+        self.index = open_index(self.task.index_folder)
         self.predictor = self.load()
-        self._try_network()  # what is wrong with every image shows here, as the error that it is
+        try:
+            self._try_network()
+        except Exception as error:  # what is wrong with every image shows here
+            raise MalError(f"the network does not run: {_in_short(error)}") from error
 
     def load(self) -> Predictor:
         """The network, on its device."""
@@ -85,14 +98,30 @@ class ShardLabeler:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """``batch``: a column ``shard`` of shard numbers. Returns REPORT, one row per shard."""
-        return pa.concat_tables([self.label(int(shard)) for shard in batch["shard"].to_pylist()])
+        return pa.Table.from_pylist([self._report(shard) for shard in batch["shard"].to_pylist()], schema=REPORT)
 
-    def label(self, shard: int) -> pa.Table:
-        """Label one shard, unless its file is there already or the run is asked to pause. Returns a row of REPORT."""
+    def _report(self, shard: int) -> dict[str, Any]:
         begun = time.perf_counter()
-        if pause.asked(self.task.results_dir):
-            left = {"shard": LEFT, "boxes": 0, "rejected": 0, "seconds": 0.0, "actor": actor_name()}
-            return pa.Table.from_pylist([left], schema=REPORT)
+        report = {"shard": LEFT, "boxes": 0, "rejected": 0, "actor": actor_name(), "error": None}
+        try:
+            if self._not_begun is not None:
+                raise self._not_begun
+            if not pause.asked(self.task.results_dir):
+                report["boxes"], report["rejected"] = self.label(shard)
+                report["shard"] = shard
+        except MalError as error:
+            report["error"] = pickle.dumps(error)
+        return {**report, "seconds": time.perf_counter() - begun}
+
+    def label(self, shard: int) -> tuple[int, int]:
+        """Label one shard, unless its file is there already.
+
+        Returns:
+            Its boxes, and how many of them were rejected.
+
+        Raises:
+            MalError: the run cannot go on.
+        """
         path = self.task.shard_path(shard)
         if storage.exists(path):  # an earlier attempt wrote it and died before it could say so
             with storage.open_read(path) as file:
@@ -103,15 +132,7 @@ class ShardLabeler:
             with storage.open_write(path) as file:
                 pq.write_table(labels, file, compression="zstd")
             account.end()
-        rejected = labels.num_rows - labels["reason"].null_count
-        report = {
-            "shard": shard,
-            "boxes": labels.num_rows,
-            "rejected": rejected,
-            "seconds": time.perf_counter() - begun,
-            "actor": actor_name(),
-        }
-        return pa.Table.from_pylist([report], schema=REPORT)
+        return labels.num_rows, labels.num_rows - labels["reason"].null_count
 
     def _label(self, work: pa.Table, account: Attempts) -> pa.Table:
         """rows.LABELS of a shard, its images at once, or one by one where that goes wrong."""

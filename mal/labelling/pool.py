@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -125,7 +126,10 @@ def _reports(task: LabelTask, size: PoolSize, todo: list[int], labeler: type[Sha
     )
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from cast(pa.Table, batch).to_pylist()
+            for report in cast(pa.Table, batch).to_pylist():
+                if report["error"] is not None:
+                    raise cast(MalError, pickle.loads(report["error"]))
+                yield report
     except ray.exceptions.RayError as error:
         raise explained(error) from error
 

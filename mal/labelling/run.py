@@ -10,7 +10,7 @@ from mal.data.index_folder import SUMMARY_FILE
 from mal.errors import MalError
 from mal.labelling.actor import ShardLabeler
 from mal.labelling.pool import label_all, pool_size
-from mal.labelling.task import file_fingerprint, make_task, missing_shards, result_keys, shard_name
+from mal.labelling.task import attempts_folder, file_fingerprint, make_task, missing_shards, result_keys, shard_name
 from mal.run import pause
 from mal.run.cluster import connected
 from mal.run.manifest import claim
@@ -89,6 +89,7 @@ def label_file(
         raise pause.paused(f"{index.shards - len(left)} of {index.shards} shards are done")
     if left:
         raise MalError(f"{len(left)} shards were not finished; run the same command again")
+    storage.delete(attempts_folder(shards_folder))  # that of a shard whose actor was killed right after writing it
     storage.delete_leftovers(shards_folder)
     paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
     return LabelledRun(index, paths, seconds, total - done, actors)

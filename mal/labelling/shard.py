@@ -21,10 +21,11 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from mal import boxes, masks, rows
+from mal import boxes, masks, quality, rows
 from mal.data import images
 from mal.errors import InputError
 from mal.labelling.task import LabelTask
+from mal.postprocess import clean
 from mal.predictor import BoxItem, MaskResult, Predictor
 
 Decode = Callable[[dict[str, Any]], NDArray[np.uint8]]
@@ -65,12 +66,12 @@ def label_rows(
             queue = queues[int(boxes.band_index([boxes.area(waiting.item.box)])[0])]
             queue.append(waiting)
             if len(queue) == task.batch_size:
-                finished += _run(predictor, queue)
+                finished += _run(task, predictor, queue)
                 queue.clear()
     # What is left of each band goes through together, in batches that may mix bands: the network sorts them.
     rest = [waiting for queue in queues for waiting in queue]
     for start in range(0, len(rest), task.batch_size):
-        finished += _run(predictor, rest[start : start + task.batch_size])
+        finished += _run(task, predictor, rest[start : start + task.batch_size])
     return _table(finished)
 
 
@@ -140,7 +141,7 @@ def _label_row(
     }
 
 
-def _run(predictor: Predictor, batch: Sequence[_Waiting]) -> list[dict[str, Any]]:
+def _run(task: LabelTask, predictor: Predictor, batch: Sequence[_Waiting]) -> list[dict[str, Any]]:
     """Fill in the masks of a batch; one that is too large for the device's memory goes through in halves."""
     try:
         results = predictor.predict([waiting.item for waiting in batch])
@@ -148,19 +149,43 @@ def _run(predictor: Predictor, batch: Sequence[_Waiting]) -> list[dict[str, Any]
         if len(batch) == 1:
             raise
     else:
-        return [_filled(waiting, result) for waiting, result in zip(batch, results, strict=True)]
+        return [_filled(task, waiting, result) for waiting, result in zip(batch, results, strict=True)]
     half = len(batch) // 2
-    return _run(predictor, batch[:half]) + _run(predictor, batch[half:])
+    return _run(task, predictor, batch[:half]) + _run(task, predictor, batch[half:])
 
 
-def _filled(waiting: _Waiting, result: MaskResult) -> dict[str, Any]:
+def _filled(task: LabelTask, waiting: _Waiting, result: MaskResult) -> dict[str, Any]:
     row = waiting.row
-    row["counts"], row["area"] = result.counts, result.area
+    size = (row["height"], row["width"])
+    counts, pixels = result.counts, result.area
+    if task.cleaning:
+        counts = clean(counts, *size, task.cleaning)
+        pixels = masks.area(counts, *size)
+    row["counts"], row["area"] = counts, pixels
+    row.update(_quality(task, waiting.item.box, row, result))
     if waiting.truth is not None:
-        size = (row["height"], row["width"])
         try:
             truth = masks.from_segmentation(json.loads(waiting.truth), *size)
         except InputError:  # the box is labelled all the same; there is nothing to compare its mask with
             return row
-        row["iou"] = masks.iou(masks.rle(result.counts, *size), truth)
+        row["iou"] = masks.iou(masks.rle(counts, *size), truth)
     return row
+
+
+def _quality(task: LabelTask, box: boxes.Box, row: dict[str, Any], result: MaskResult) -> dict[str, Any]:
+    """The estimate of the mask's IoU, and what it is made of."""
+    evidence = quality.Evidence(
+        mean_probability=result.mean_probability,
+        stability=result.stability,
+        tightness=quality.tightness(masks.bounds(row["counts"], row["height"], row["width"]), box),
+        fill=min(1.0, row["area"] / boxes.area(box)),
+        size=boxes.area(box) ** 0.5,
+    )
+    estimate = task.calibration or quality.default_quality
+    return {
+        "quality": float(estimate(np.array([evidence]))[0]),
+        "mean_probability": evidence.mean_probability,
+        "stability": evidence.stability,
+        "tightness": evidence.tightness,
+        "agreement": result.agreement,
+    }

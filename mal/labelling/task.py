@@ -57,7 +57,12 @@ class LabelTask:
 
     def attempts_path(self, shard: int) -> str:
         """The account of a shard's attempts, kept while it is being worked on."""
-        return storage.join(self.shards_folder, "attempts", f"part-{shard:06d}.json")
+        return storage.join(attempts_folder(self.shards_folder), f"part-{shard:06d}.json")
+
+
+def attempts_folder(shards_folder: str) -> str:
+    """Folder of the accounts of attempts."""
+    return storage.join(shards_folder, "attempts")
 
 
 def shard_name(shard: int) -> str:
@@ -147,4 +152,8 @@ def result_keys(spec: Spec, pool: PoolSpec, *, input_fingerprint: str, model_id:
         "use_teacher_test": pool.use_teacher_test,
         "use_mixed_model_test": pool.use_mixed_model_test,
         "use_flip_test": pool.use_flip_test,
+        "fill_holes": pool.fill_holes,
+        "largest_component": pool.largest_component,
+        "min_component_area": pool.min_component_area,
+        "quality": None if pool.quality_path is None else file_fingerprint(pool.quality_path),
     }
