@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,6 @@ def _train(task: TrainTask, board: Any) -> None:
     worker = Worker(task, rank, _device(task), board)
     while worker.state.epoch < task.spec.train.num_epochs and not worker.paused:
         worker.run_epoch()
-        ray.train.report({"epoch": worker.state.epoch, **worker.state.scores})
     worker.close()
 
 
@@ -142,13 +141,14 @@ class Worker:
         self._share_losses(epoch)
         self.state.epoch += 1
         last = self.state.epoch == train.num_epochs
-        if self.task.val_index and (last or self.state.epoch % train.validation_interval == 0):
+        validated = self.task.val_index is not None and (last or self.state.epoch % train.validation_interval == 0)
+        if validated:
             self.state.scores = validate(self.task, self.stepper, self.rank, self.events, self.state.global_step)
         self.paused = self._pause_asked()
         if last or self.paused or self.state.epoch % train.checkpoint_interval == 0:
             s = self.stepper
             checkpoints.save(self.task, s.strategy, s.optimizer, s.scaler, self.state, self.rank)
-        self._note_epoch(epoch)
+        self._note_epoch(epoch, self.state.scores if validated else {})
 
     def _batches(self, epoch: int) -> Iterator[list[Batch]]:
         """This rank's batches of an epoch, grouped by optimiser step."""
@@ -220,8 +220,8 @@ class Worker:
             self.events.losses(first, values, self.stepper.optimizer.param_groups[0]["lr"])
         self._note({"kind": "steps", "boxes": len(values) * self.global_batch, "loss": self.state.loss})
 
-    def _note_epoch(self, epoch: int) -> None:
-        kpi = {"train_loss": self.state.loss, **self.state.scores}
+    def _note_epoch(self, epoch: int, scores: Mapping[str, float]) -> None:
+        kpi = {"train_loss": self.state.loss, **scores}
         figures = ", ".join(f"{name} {value:.4f}" for name, value in kpi.items())
         message = f"epoch {epoch + 1} of {self.task.spec.train.num_epochs} done: {figures}"
         self._note({"kind": "epoch", "message": message, "kpi": kpi})
