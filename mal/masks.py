@@ -67,6 +67,15 @@ def area(counts: str, height: int, width: int) -> int:
     return int(_parse(counts, height, width).area())
 
 
+def bounds(counts: str, height: int, width: int) -> Window | None:
+    """The smallest window that holds the mask; None for an empty one. Raises InputError."""
+    mask = _parse(counts, height, width)
+    if not mask.any():
+        return None
+    x, y, w, h = (int(value) for value in mask.bbox())
+    return Window(x, y, x + w, y + h)
+
+
 def iou(a: Rle, b: Rle) -> float:
     """Intersection over union of two masks of the same image, 0..1; 0 for two empty masks, as in pycocotools.
 

@@ -32,6 +32,9 @@ class Cleaning:
         return self.fill_holes or self.largest_component or self.min_component_area > 1
 
 
+NO_CLEANING = Cleaning()
+
+
 def clean(counts: str, height: int, width: int, cleaning: Cleaning) -> str:
     """The cleaned mask.
 

@@ -8,6 +8,7 @@ Nothing here is the size of the image: a mask is computed for the pixels of its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -30,6 +31,8 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LARGEST_UPLOAD = 1 << 24
 """Windows of more pixels than this are resized on the CPU, in uint8: as floats they could fill a device's memory."""
+STABILITY_OFFSET = 1.0
+"""The stability of a mask is measured between thresholds this much above and below its own, in logits."""
 STRIP_PIXELS = 1 << 22
 """Probabilities of one box are held for at most about this many pixels at a time."""
 
@@ -53,6 +56,8 @@ class MaskResult(NamedTuple):
     counts: str  # compressed COCO RLE of the image-sized mask
     area: int  # mask pixels
     mean_probability: float  # of the mask's pixels, 0..1; 0 for an empty mask
+    stability: float  # IoU of the masks at a stricter and at a laxer threshold (`STABILITY_OFFSET`); 0 for an empty one
+    agreement: float | None = None  # of the networks and mirrored views, 0..1, if there are several (`agreement`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,11 @@ class Predictor:
         if not items:
             return []
         batch = self.prepare(items)
-        return self.finish(self.run(batch), batch)
+        views = self.views(batch)
+        results = self.finish(views.mean(0), batch)
+        if len(views) == 1:
+            return results
+        return [result._replace(agreement=a) for result, a in zip(results, agreement(views).tolist(), strict=True)]
 
     def prepare(self, items: Sequence[BoxItem]) -> Batch:
         """Cut, resize and normalise (REFERENCE section 2). Needs no network: may run ahead in other threads.
@@ -156,15 +165,19 @@ class Predictor:
         _normalise(images)
         return Batch(images, torch.tensor(areas, dtype=torch.float64), placements)
 
-    @torch.no_grad()  # not inference_mode: FSDP2 reuses in training the buffers that it gathers here
     def run(self, batch: Batch) -> Tensor:
         """The logits ``[B, h, w]``, float32 on the device: the mean over networks and mirrored views asked for."""
+        return self.views(batch).mean(0)
+
+    @torch.no_grad()  # not inference_mode: FSDP2 reuses in training the buffers that it gathers here
+    def views(self, batch: Batch) -> Tensor:
+        """The logits of every network, then of the mirrored views: ``[V, B, h, w]``, float32 on the device."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             views = [_logits(net, batch.images, batch.areas) for net in self.networks]
             if self.flip:
                 mirrored = batch.images.flip(-1)
                 views += [_logits(net, mirrored, batch.areas).flip(-1) for net in self.networks]
-        return views[0] if len(views) == 1 else torch.stack(views).mean(0)
+        return torch.stack(views)
 
     @torch.no_grad()
     def finish(self, logits: Tensor, batch: Batch) -> list[MaskResult]:
@@ -183,7 +196,7 @@ class Predictor:
         for i, place in enumerate(batch.placements):
             strips = list(_strips(logits[i], vectors[2 * i], vectors[2 * i + 1], place.threshold))
             pieces += [mask.flatten() for mask, _ in strips]
-            sums.append(torch.stack([total for _, total in strips]).sum())
+            sums.append(torch.stack([total for _, total in strips]).sum(0))
         packed = torch.cat(pieces).cpu().numpy()
         totals = torch.stack(sums).tolist()
         return list(_encode(packed, totals, batch.placements))
@@ -254,8 +267,8 @@ def _to_device(axes: Sequence[_Axis], device: torch.device) -> list[_Axis]:
 
 
 def _strips(logits: Tensor, rows: _Axis, columns: _Axis, threshold: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """The box's mask, some columns at a time: bool ``[columns, rows]`` (an RLE runs down the columns), and the sum of
-    the mask's probabilities.
+    """The box's mask, some columns at a time: bool ``[columns, rows]`` (an RLE runs down the columns), and ``[3]``: the
+    sum of the mask's probabilities, and the pixels above a stricter and above a laxer threshold.
 
     Rows are interpolated by copying whole rows, which is fast, and columns as the rows of the transposed map. The box
     mask is a product of rows and columns, so it is part of the second interpolation's weights.
@@ -264,10 +277,13 @@ def _strips(logits: Tensor, rows: _Axis, columns: _Axis, threshold: float) -> It
     crop = _interpolate(across.t(), rows).sigmoid_()  # [n rows, n columns]
     down = _interpolate_masked(crop, rows.crop_low, rows.crop_high, rows.weight_low, rows.weight_high).t().contiguous()
     step = max(1, STRIP_PIXELS // down.shape[1])
+    strict, lax = stability_thresholds(threshold)
     strips = zip(*(vector.split(step) for vector in columns[3:]), strict=True)
     for crop_low, crop_high, weight_low, weight_high in strips:
         probability = _interpolate_masked(down, crop_low, crop_high, weight_low, weight_high)
-        yield probability > threshold, F.threshold(probability, threshold, 0.0).sum()
+        counts = [torch.count_nonzero(probability > other) for other in (strict, lax)]
+        total = F.threshold(probability, threshold, 0.0).sum(dtype=torch.float64)
+        yield probability > threshold, torch.stack([total, *counts])
 
 
 def _interpolate(values: Tensor, axis: _Axis) -> Tensor:
@@ -281,17 +297,39 @@ def _interpolate_masked(values: Tensor, low: Tensor, high: Tensor, weight_low: T
     return first.addcmul_(values.index_select(0, high), weight_high[:, None])
 
 
-def _encode(packed: NDArray[np.bool_], totals: Sequence[float], places: Sequence[Placement]) -> Iterator[MaskResult]:
+def stability_thresholds(threshold: float) -> tuple[float, float]:
+    """The stricter and the laxer threshold around one in [0, 1)."""
+    logit = math.log(max(threshold, 1e-3) / (1 - max(threshold, 1e-3)))
+    strict, lax = (1 / (1 + math.exp(-(logit + offset))) for offset in (STABILITY_OFFSET, -STABILITY_OFFSET))
+    return strict, lax
+
+
+def _encode(
+    packed: NDArray[np.bool_], totals: Sequence[Sequence[float]], places: Sequence[Placement]
+) -> Iterator[MaskResult]:
     """RLEs from the masks of all boxes, one after the other, each in column-major order."""
     start = 0
-    for place, total in zip(places, totals, strict=True):
+    for place, (total, strict, lax) in zip(places, totals, strict=True):
         pixels = place.pixels
         stop = start + pixels.width * pixels.height
         mask = packed[start:stop].reshape(pixels.width, pixels.height).T
         start = stop
         count = int(np.count_nonzero(mask))
         counts = masks.encode(mask, pixels, place.height, place.width)
-        yield MaskResult(counts, count, total / count if count else 0.0)
+        yield MaskResult(counts, count, total / count if count else 0.0, strict / lax if count else 0.0)
+
+
+def agreement(views: Tensor) -> Tensor:
+    """How far several opinions agree: sum of the least probabilities over sum of the greatest, per box.
+
+    Args:
+        views: logits ``[V, B, h, w]``.
+
+    Returns:
+        ``[B]`` in 0..1; the IoU, if all probabilities are 0 or 1.
+    """
+    least, greatest = views.amin(0).sigmoid(), views.amax(0).sigmoid()
+    return least.sum((1, 2)) / greatest.sum((1, 2)).clamp_min(1e-6)
 
 
 def _logits(network: nn.Module, images: Tensor, areas: Tensor) -> Tensor:

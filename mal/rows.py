@@ -55,7 +55,11 @@ LABELS = pa.schema(
         pa.field("counts", pa.string()),  # compressed COCO RLE of the image-sized mask; null if rejected
         pa.field("area", pa.int64()),  # mask pixels
         pa.field("iou", pa.float64()),  # with the input's mask, when masks are loaded
-        pa.field("quality", pa.float32()),  # our estimate of the mask's IoU, 0..1
+        pa.field("quality", pa.float32()),  # our estimate of the mask's IoU, 0..1 (`mal.quality`)
+        pa.field("mean_probability", pa.float32()),  # what the estimate is made of: `mal.quality.Evidence`
+        pa.field("stability", pa.float32()),
+        pa.field("tightness", pa.float32()),
+        pa.field("agreement", pa.float32()),  # null if there was one opinion alone
         pa.field("model", pa.string(), nullable=False),  # fingerprint of the checkpoint that made the mask
         pa.field("reason", pa.string()),  # why the box was rejected; null if labelled
     ]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mal import storage
+from mal.postprocess import NO_CLEANING, Cleaning
+from mal.quality import Calibration, load_calibration
 from mal.spec.load import spec_to_values
 from mal.spec.schema import ModelSpec, PoolSpec, Spec
 
@@ -50,6 +52,10 @@ class LabelTask:
     """Which run of the command this is; see `mal.labelling.attempts`."""
     environment: Mapping[str, str] = field(repr=False)
     """Access to the object store, as this process has it. Not in Ray's runtime environment, which ends up in logs."""
+    cleaning: Cleaning = NO_CLEANING
+    """What is done to every mask."""
+    calibration: Calibration | None = None
+    """How quality is estimated; None: the uncalibrated ranking."""
 
     def shard_path(self, shard: int) -> str:
         """The parquet file of a finished shard; its presence means the shard is done."""
@@ -113,7 +119,13 @@ def make_task(
         results_dir=results_dir or folder,
         run=secrets.token_hex(4),
         environment=storage_environment(),
+        cleaning=Cleaning(pool.fill_holes, pool.largest_component, pool.min_component_area),
+        calibration=_calibration(pool.quality_path),
     )
+
+
+def _calibration(path: str | None) -> Calibration | None:
+    return None if path is None else load_calibration(storage.read_bytes(path), path)
 
 
 def storage_environment() -> dict[str, str]:

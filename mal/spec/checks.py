@@ -37,6 +37,7 @@ def _required(spec: Spec, action: Action, look: bool) -> list[str]:
             "dataset.val_ann_path": (data.val_ann_path, True),
             "dataset.val_img_dir": (data.val_img_dir, True),
             "evaluate.checkpoint": (spec.evaluate.checkpoint, True),
+            "evaluate.quality_path": (spec.evaluate.quality_path, False),
         }
     else:
         files = {
@@ -44,6 +45,7 @@ def _required(spec: Spec, action: Action, look: bool) -> list[str]:
             "inference.images_path": (spec.inference.images_path, False),
             "inference.img_dir": (spec.inference.img_dir, True),
             "inference.checkpoint": (spec.inference.checkpoint, True),
+            "inference.quality_path": (spec.inference.quality_path, False),
         }
     for key, (path, needed) in files.items():
         if path is None:

@@ -202,6 +202,14 @@ class PoolSpec:
     """Use the mean of the student's and the teacher's logits."""
     use_flip_test: bool = False
     """Use the mean of the logits of the image and of its mirror image."""
+    fill_holes: bool = False
+    """Fill the holes of every mask."""
+    largest_component: bool = False
+    """Keep only the largest component of every mask."""
+    min_component_area: int = key(0, low=0)
+    """Drop components of fewer pixels from every mask."""
+    quality_path: str | None = None
+    """A quality.json of `mal evaluate`: calibrates the quality of masks; without it quality only ranks them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +234,14 @@ class InferenceSpec(PoolSpec):
     """Where the COCO file with the masks goes; by default labels.json in the results folder."""
     load_mask: bool = False
     """Compare with the masks that the input file has: adds `iou` to every annotation."""
+    mask_format: str = key("rle", choices=("rle", "polygon"))
+    """How masks are written into the COCO file: run-length encoded, or as polygons that agree at IoU 0.99 and more."""
+    dump_quality: bool = False
+    """Write the estimate of each mask's IoU into the COCO file, as `quality`."""
+    min_quality: float = key(0.0, low=0, high=1)
+    """Masks of lower quality are marked or dropped, and counted in the ledger; 0: none."""
+    low_quality: str = key("mark", choices=("mark", "drop"))
+    """What happens to them: `"low_quality": true` in the COCO file, or left out of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,206 @@
+"""Quality: an estimate of a mask's IoU from what labelling knows anyway, and its calibration on boxes with masks.
+
+    evidence of a box --ridge regression--> raw estimate --isotonic regression--> quality
+
+Without a calibration the quality is a fixed formula, good for ranking alone (`default_quality`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mal.boxes import Box, Window, area
+from mal.errors import InputError
+
+Array = NDArray[np.float64]
+
+FOLDS = 5
+RIDGE = 1e-2
+"""Weight of the ridge, in units of the number of boxes."""
+FEWEST_BOXES = 50
+"""A calibration on fewer boxes says nothing."""
+_VERSION = 1
+
+
+class Evidence(NamedTuple):
+    """What is known of a mask without its truth."""
+
+    mean_probability: float
+    """Of the mask's pixels, before cleaning."""
+    stability: float
+    """IoU of the masks at a stricter and at a laxer threshold, before cleaning."""
+    tightness: float
+    """Area of the mask's own box over that of the given box, 0..1: the mask of a tight box touches all four sides."""
+    fill: float
+    """Area of the mask over that of the box, 0..1."""
+    size: float
+    """Square root of the box's area, in pixels."""
+
+
+def tightness(mask: Window | None, box: Box) -> float:
+    """How tightly a mask with these bounds fills its box, 0..1."""
+    return 0.0 if mask is None else min(1.0, mask.width * mask.height / area(box))
+
+
+def default_quality(evidence: Array) -> Array:
+    """A ranking without calibration, 0..1.
+
+    Args:
+        evidence: [N, 5], rows of `Evidence`.
+    """
+    return np.clip(evidence[:, 1] * np.sqrt(evidence[:, 2]), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How evidence becomes quality. Plain numbers: goes through JSON and to other processes."""
+
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    weights: tuple[float, ...]
+    """Of the intercept, then of every normalised feature."""
+    raw: tuple[float, ...]
+    """Knots of the isotonic regression: raw estimates, ascending ..."""
+    quality: tuple[float, ...]
+    """... and the quality at each; linear in between, constant outside."""
+
+    def __call__(self, evidence: Array) -> Array:
+        """Quality [N], 0..1, of evidence [N, 5]."""
+        raw = _design(evidence, np.array(self.centre), np.array(self.scale)) @ np.array(self.weights)
+        return np.interp(raw, self.raw, self.quality)
+
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of `from_json`."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Any, source: str) -> Calibration:
+        """From what ``quality.json`` holds under ``calibration``. Raises InputError, naming ``source``."""
+        try:
+            assert_version = values["version"]
+            if assert_version != _VERSION:
+                raise InputError(f"{source}: a calibration of version {assert_version}, this is {_VERSION}")
+            found = cls(**{name: tuple(map(float, values[name])) for name in cls.__dataclass_fields__})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{source}: this is no calibration of quality; `mal evaluate` writes them") from error
+        features = _design(np.ones((1, len(Evidence._fields))), np.zeros(0), np.zeros(0)).shape[1]
+        if len(found.weights) != features or len(found.raw) != len(found.quality) or not found.raw:
+            raise InputError(f"{source}: the calibration is incomplete; `mal evaluate` writes a new one")
+        return found
+
+
+def load_calibration(text: bytes, source: str) -> Calibration:
+    """The calibration in the content of a ``quality.json``. Raises InputError."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{source}: this is not JSON") from error
+    return Calibration.from_json(values.get("calibration") if isinstance(values, dict) else None, source)
+
+
+def fit(evidence: Array, ious: Array) -> Calibration:
+    """The calibration that fits boxes of known IoU.
+
+    Args:
+        evidence: [N, 5].
+        ious: [N], 0..1.
+    """
+    features = _features(evidence)
+    centre, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
+    design = _design(evidence, centre, scale)
+    penalty = RIDGE * len(ious) * np.eye(design.shape[1])
+    penalty[0, 0] = 0.0  # not the intercept
+    weights = np.linalg.solve(design.T @ design + penalty, design.T @ ious)
+    raw, quality = isotonic(design @ weights, ious)
+    return Calibration(*(tuple(values.tolist()) for values in (centre, scale, weights, raw, quality)))
+
+
+def isotonic(x: Array, y: Array) -> tuple[Array, Array]:
+    """Knots of the non-decreasing function of ``x`` nearest to ``y`` (pool adjacent violators, Ayer et al. 1955).
+
+    Returns:
+        The mean x of every pool, strictly ascending, and its mean y.
+    """
+    pools: list[list[float]] = []  # sum of y, sum of x, count
+    for i in np.argsort(x, kind="stable"):
+        pools.append([float(y[i]), float(x[i]), 1.0])
+        while len(pools) > 1 and pools[-2][0] / pools[-2][2] >= pools[-1][0] / pools[-1][2]:
+            last = pools.pop()
+            pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
+    sums = np.array(pools)
+    knots, values = sums[:, 1] / sums[:, 2], sums[:, 0] / sums[:, 2]
+    knots, first = np.unique(knots, return_index=True)
+    return knots, np.clip(values[first], 0.0, 1.0)
+
+
+def cross_validated(evidence: Array, ious: Array, groups: Sequence[int] | NDArray[np.int64]) -> Array:
+    """Quality [N] of every box by a calibration that has seen no box of its group (its image)."""
+    names = np.unique(np.asarray(groups))
+    fold_of = dict(zip(names.tolist(), np.random.default_rng(0).permutation(len(names)) % FOLDS, strict=True))
+    folds = np.array([fold_of[group] for group in np.asarray(groups).tolist()])
+    quality = np.empty(len(ious))
+    for fold in np.unique(folds):
+        held_out = folds == fold
+        seen = ~held_out if not held_out.all() else held_out
+        quality[held_out] = fit(evidence[seen], ious[seen])(evidence[held_out])
+    return quality
+
+
+class QualityReport(TypedDict):
+    """How good an estimate is."""
+
+    spearman: float
+    """Rank correlation with the true IoU."""
+    expected_calibration_error: float
+    """Mean distance of estimate and IoU over ten equally full bins."""
+    mean_iou: float
+    mean_iou_kept: dict[str, float]
+    """Mean IoU when the worst 10, 20, 50 % by the estimate are dropped."""
+
+
+def judge(quality: Array, ious: Array) -> QualityReport:
+    """Compare estimates [N] with true IoUs [N]."""
+    order = np.argsort(quality, kind="stable")
+    kept = {str(share): float(ious[order[round(len(order) * share / 100) :]].mean()) for share in (10, 20, 50)}
+    bins = [part for part in np.array_split(order, 10) if len(part)]
+    error = sum(len(part) * abs(float((quality[part] - ious[part]).mean())) for part in bins) / len(order)
+    return {
+        "spearman": spearman(quality, ious),
+        "expected_calibration_error": error,
+        "mean_iou": float(ious.mean()),
+        "mean_iou_kept": kept,
+    }
+
+
+def spearman(a: Array, b: Array) -> float:
+    """Spearman's rank correlation, ties at their mean rank; 0 if one of the two is constant."""
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (a, b)]
+    deviations = [rank - rank.mean() for rank in ranks]
+    norm = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
+    return float((deviations[0] * deviations[1]).sum()) / norm if norm else 0.0
+
+
+def _ranks(values: Array) -> Array:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
+def _features(evidence: Array) -> Array:
+    """What the regression is linear in: [N, F] of evidence [N, 5]."""
+    probability, stability, tight, fill, size = evidence.T
+    logarithm = np.log2(np.maximum(size, 1.0))
+    return np.stack([probability, stability, tight, tight**2, fill, fill**2, logarithm, stability * tight], axis=1)
+
+
+def _design(evidence: Array, centre: Array, scale: Array) -> Array:
+    features = _features(evidence)
+    if len(centre):
+        features = (features - centre) / scale
+    return np.concatenate([np.ones((len(features), 1)), features], axis=1)
