@@ -7,7 +7,8 @@ What can go wrong with one image, and what becomes of it:
     it cannot be used (`ImageError`)         its boxes are rejected with that reason
     its work raises something else           the shard is done again image by image; its boxes are rejected as `failed`
     its work kills the process               `mal.labelling.attempts` finds it; its boxes are rejected as `crashed`
-    every image of a shard fails             not the images' fault: the run stops with the error
+    every image of a shard fails, and some   not the images' fault: the run stops with the error
+    of other shards too
     after an error the network fails too     the process is of no use any more (a GPU's errors stay): it ends, which Ray
                                              mends with a new one, and which counts as killed by the image
     the storage cannot be reached, is full   the run stops with the error
@@ -58,8 +59,8 @@ exception that passes through Ray Data arrives without its cause."""
 LEFT = -1
 """Stands for the shard's number in the report of one that was left for later, because of a pause."""
 
-ALL_FAILED_FROM = 3
-"""When this many images or more make a shard and all of them fail, the images are not to blame."""
+_OTHERS = 4
+"""Images of other shards that are tried when all of one shard fail: if none works, the images are not to blame."""
 _DETAIL = 200
 """Most characters of an error's text in a reason."""
 
@@ -128,14 +129,15 @@ class ShardLabeler:
                 labels = pq.read_table(file, columns=["reason"])
         else:
             account = Attempts.begin(self.task.attempts_path(shard), self.task.run)
-            labels = self._label(self.index.read_shard(shard), account)
+            labels = self._label(shard, account)
             with storage.open_write(path) as file:
                 pq.write_table(labels, file, compression="zstd")
             account.end()
         return labels.num_rows, labels.num_rows - labels["reason"].null_count
 
-    def _label(self, work: pa.Table, account: Attempts) -> pa.Table:
+    def _label(self, shard: int, account: Attempts) -> pa.Table:
         """rows.LABELS of a shard, its images at once, or one by one where that goes wrong."""
+        work = self.index.read_shard(shard)
         if not account.careful:
             try:
                 return self._label_rows(work)
@@ -143,9 +145,14 @@ class ShardLabeler:
                 raise
             except Exception as error:  # noqa: BLE001  whatever an image may cause
                 self._check_network(error)
-        return self._label_one_by_one(work, account)
+        labels, failures = self._label_one_by_one(work, account)
+        if len(failures) == work.num_rows and not self._others_work(shard, account):
+            message = f"labelling fails for every image, for the first with: {_in_short(failures[0])}"
+            raise MalError(message) from failures[0]
+        return labels
 
-    def _label_one_by_one(self, work: pa.Table, account: Attempts) -> pa.Table:
+    def _label_one_by_one(self, work: pa.Table, account: Attempts) -> tuple[pa.Table, list[Exception]]:
+        """rows.LABELS of a shard, and the errors of the images that failed."""
         poisoned = account.poisoned
         failures: list[Exception] = []
 
@@ -163,10 +170,23 @@ class ShardLabeler:
                 return rejected_rows(self.task, row, f"failed: {_in_short(error)}")
 
         tables = one_by_one(account, work.num_rows, one)
-        if len(failures) == work.num_rows >= ALL_FAILED_FROM:
-            message = f"every image of a shard failed, the first with: {_in_short(failures[0])}"
-            raise MalError(message) from failures[0]
-        return pa.concat_tables(tables).sort_by("position")
+        return pa.concat_tables(tables).sort_by("position"), failures
+
+    def _others_work(self, shard: int, account: Attempts) -> bool:
+        """Whether the work of one image of a few of the other shards raises nothing, or there are no others."""
+        if account.careful:  # processes died here: another image that kills would never be found
+            return True
+        step = max(1, self.index.shards // _OTHERS)
+        others = [other for other in range(0, self.index.shards, step) if other != shard]
+        for other in others:
+            try:
+                self._label_rows(self.index.read_shard(other).slice(0, 1))
+            except StorageError:
+                raise
+            except Exception:  # noqa: BLE001  whatever an image may cause
+                continue
+            return True
+        return not others
 
     def _label_rows(self, work: pa.Table) -> pa.Table:
         return label_rows(self.task, self.predictor, self.pool, work, self.decode)

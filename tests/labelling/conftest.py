@@ -34,6 +34,10 @@ SETTINGS = [
 ]
 
 
+ALWAYS_REJECTED = {"outside": 1, "bad_bbox": 1, "empty_box": 1}
+"""Annotations of the input that no run labels."""
+
+
 @dataclass(frozen=True)
 class Line:
     """Boxes, images and a checkpoint to label them with."""
@@ -79,6 +83,20 @@ def line(tmp_path_factory) -> Line:
     network = build_network(load_spec(None, SETTINGS).model, crop_size=32)
     torch.save(network.state_dict(), folder / "network.pth")
     return Line(annotations, Path(paths.images), folder / "network.pth")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(line: Line, tmp_path_factory, ray_here) -> list[dict[str, Any]]:
+    """The rows of a run that nothing happens to."""
+    from mal.inference.launch import run_inference
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_inference(line.spec(folder))
+    assert check_account(folder, line.document) == ALWAYS_REJECTED
+    found = label_table(folder).to_pylist()
+    assert len(found) > 40
+    assert sum(row["area"] > 0 for row in found) > 30, "masks that are all empty would show nothing"
+    return found
 
 
 def label_table(folder: Path) -> pa.Table:

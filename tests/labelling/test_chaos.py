@@ -20,16 +20,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from conftest import Line, check_account, label_table  # isort: skip
+from conftest import ALWAYS_REJECTED, check_account, label_table  # isort: skip
 from mal.errors import MalError, StorageError
 from mal.inference.launch import run_inference
 from mal.labelling.actor import ShardLabeler
 from mal.labelling.task import LabelTask
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-
-ALWAYS_REJECTED = {"outside": 1, "bad_bbox": 1, "empty_box": 1}
-"""Annotations of the input that no run labels."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,18 +38,6 @@ def actors_of_this_file():
     cloudpickle.register_pickle_by_value(module)
     yield
     cloudpickle.unregister_pickle_by_value(module)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(line: Line, tmp_path_factory, ray_here) -> list[dict[str, Any]]:
-    """The rows of a run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_inference(line.spec(folder))
-    assert check_account(folder, line.document) == ALWAYS_REJECTED
-    found = label_table(folder).to_pylist()
-    assert len(found) > 40
-    assert sum(row["area"] > 0 for row in found) > 30, "masks that are all empty would show nothing"
-    return found
 
 
 def _without(found: list[dict[str, Any]], *image_ids: int) -> list[dict[str, Any]]:
@@ -141,13 +126,13 @@ class RaisingForAll(ShardLabeler):
 
 
 def test_an_error_of_every_image_stops_the_run_with_its_cause(line, tmp_path, undisturbed):
-    spec = line.spec(tmp_path, "inference.shard_boxes=24")
-    with pytest.raises(MalError, match=r"every image of a shard failed.*RuntimeError: the library is of another"):
+    spec = line.spec(tmp_path)
+    with pytest.raises(MalError, match=r"fails for every image.*RuntimeError: the library is of another"):
         run_inference(spec, RaisingForAll)
     assert not list((tmp_path / "shards").glob("part-*"))
     run_inference(spec)  # the library was mended
     assert check_account(tmp_path, line.document) == ALWAYS_REJECTED
-    assert [row["id"] for row in label_table(tmp_path).to_pylist()] == [row["id"] for row in undisturbed]
+    assert label_table(tmp_path).to_pylist() == undisturbed
 
 
 class SmallDisk(Slow):
