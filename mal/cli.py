@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         task.add_argument("-e", "--experiment_spec", required=True, metavar="SPEC", help="the spec file (YAML)")
         task.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the spec's")
         task.set_defaults(run=run)
+    commands.choices["inference"].add_argument(
+        "--dry-run", action="store_true", help="print what would be done and how long it might take, and do nothing"
+    )
     demo = commands.add_parser(
         "demo",
         help="render scenes, learn from their boxes, label and show the masks; a few minutes on two CPU cores",
@@ -96,6 +99,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _inference(options: argparse.Namespace) -> None:
     spec = _load(options)
+    if options.dry_run:
+        from mal.inference.plan import plan_inference
+
+        plan_inference(spec)
+        return
     from mal.inference.launch import run_inference
 
     run_inference(spec)

@@ -226,7 +226,7 @@ def load_predictor(task: LabelTask) -> Predictor:
     if not task.use_gpu:
         torch.set_num_threads(task.threads)
     device = torch.device("cuda" if task.use_gpu else "cpu")
-    checkpoint = read_checkpoint(task.checkpoint)
+    checkpoint = read_checkpoint(task.checkpoint, task.encryption_key)
     model = dataclasses.replace(task.model, pretrained=False)  # the weights come from the checkpoint
 
     def network(which: Literal["student", "teacher"]) -> MalNetwork:

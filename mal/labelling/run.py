@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mal import storage
 from mal.data.index import Index, Summary, build_index, fingerprint, open_index
@@ -55,10 +56,8 @@ def label_file(
         MalError: whatever stopped the work.
     """
     assert pool.checkpoint is not None, "checked before"
-    model_id = file_fingerprint(pool.checkpoint)
-    content = fingerprint(ann_path, images_path)
-    keys = result_keys(spec, pool, input_fingerprint=content, model_id=model_id, img_dir=img_dir)
-    claim(folder, {**keys, "load_mask": load_mask})
+    keys = run_keys(spec, pool, ann_path, images_path, img_dir, load_mask)
+    claim(folder, keys)
     index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
     total = index.summary.boxes
     shards_folder = storage.join(folder, "shards")
@@ -79,7 +78,7 @@ def label_file(
                 results_dir=storage.parent(status.path),
                 img_dir=img_dir,
                 checkpoint=pool.checkpoint,
-                model_id=model_id,
+                model_id=keys["model"],
                 load_mask=load_mask,
                 gpu=cluster.gpus > 0,
             )
@@ -93,6 +92,16 @@ def label_file(
     storage.delete_leftovers(shards_folder)
     paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
     return LabelledRun(index, paths, seconds, total - done, actors)
+
+
+def run_keys(
+    spec: Spec, pool: PoolSpec, ann_path: str, images_path: str | None, img_dir: str, load_mask: bool
+) -> dict[str, Any]:
+    """What a run's folder is bound to; reads the input and the checkpoint through."""
+    assert pool.checkpoint is not None, "checked before"
+    model_id, content = file_fingerprint(pool.checkpoint), fingerprint(ann_path, images_path)
+    keys = result_keys(spec, pool, input_fingerprint=content, model_id=model_id, img_dir=img_dir)
+    return {**keys, "load_mask": load_mask}
 
 
 def _index(spec: Spec, pool: PoolSpec, folder: str, ann_path: str, images_path: str | None, load_mask: bool) -> Index:

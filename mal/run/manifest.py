@@ -9,10 +9,10 @@ from typing import Any
 from mal import storage
 from mal.errors import RunMismatchError
 
+REMEDY = "choose another results_dir, or delete this one"
 
-def claim(
-    folder: str, values: Mapping[str, Any], remedy: str = "choose another results_dir, or delete this one"
-) -> bool:
+
+def claim(folder: str, values: Mapping[str, Any], remedy: str = REMEDY) -> bool:
     """Begin the folder with ``values``, or go on in it if it was begun with the same ones.
 
     Args:
@@ -24,12 +24,17 @@ def claim(
     Raises:
         RunMismatchError: naming every value that differs.
     """
-    path = storage.join(folder, "manifest.json")
-    wanted = json.loads(json.dumps(values))
-    if not storage.exists(path):
-        storage.write_bytes(path, json.dumps(wanted, indent=1).encode() + b"\n")
+    if begun_with(folder, values, remedy):
+        return True
+    storage.write_bytes(_path(folder), json.dumps(values, indent=1).encode() + b"\n")
+    return False
+
+
+def begun_with(folder: str, values: Mapping[str, Any], remedy: str = REMEDY) -> bool:
+    """Whether the folder was begun, and with ``values``; nothing is written. Arguments and errors as of `claim`."""
+    if not storage.exists(_path(folder)):
         return False
-    begun = json.loads(storage.read_bytes(path))
+    begun, wanted = json.loads(storage.read_bytes(_path(folder))), json.loads(json.dumps(values))
     differing = [
         f"  {name}: begun with {begun.get(name)!r}, now {wanted.get(name)!r}"
         for name in sorted({*begun, *wanted})
@@ -38,3 +43,7 @@ def claim(
     if differing:
         raise RunMismatchError(f"{folder} was begun with something else; {remedy}:\n" + "\n".join(differing))
     return True
+
+
+def _path(folder: str) -> str:
+    return storage.join(folder, "manifest.json")

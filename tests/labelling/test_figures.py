@@ -1,0 +1,65 @@
+"""The figures of a run that goes on, and that Ray shows them."""
+
+from __future__ import annotations
+
+import math
+import time
+import urllib.request
+
+import pytest
+
+from mal.labelling.figures import METRICS, LabellingFigures, RayMetrics
+
+
+def _report(actor: str, boxes: int, rejected: int = 0, seconds: float = 1.0) -> dict[str, object]:
+    return {"actor": actor, "boxes": boxes, "rejected": rejected, "seconds": seconds}
+
+
+def test_figures_count_what_earlier_attempts_did_but_not_in_the_rate():
+    now = [0.0]
+    figures = LabellingFigures(1000, 400, clock=lambda: now[0])
+    assert math.isnan(figures.values()["seconds_left"])
+    now[0] = 10.0
+    figures.add(_report("a", 60, rejected=5))
+    figures.add(_report("b", 40))
+    assert figures.values() == {
+        "boxes_total": 1000,
+        "boxes_done": 500,
+        "boxes_rejected": 5,
+        "boxes_per_second": 10.0,
+        "boxes_per_second_mean": 10.0,
+        "seconds_left": 50.0,
+        "actors": 2,
+    }
+    assert set(figures.values()) == set(METRICS)
+
+
+def test_an_actor_that_is_not_heard_of_any_more_is_not_counted():
+    now = [0.0]
+    figures = LabellingFigures(1000, 0, clock=lambda: now[0])
+    figures.add(_report("slow", 1, seconds=100.0))
+    figures.add(_report("fast", 1, seconds=2.0))
+    now[0] = 200.0
+    assert figures.actors == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_shows_the_figures(ray_here):
+    import ray
+
+    metrics = RayMetrics("/results/some run")
+    figures = LabellingFigures(1000, 400)
+    figures.add(_report("a", 60, rejected=5))
+    node = ray.nodes()[0]
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 90
+    lines: list[str] = []
+    while not any("mal_boxes_done" in line for line in lines) and time.monotonic() < deadline:
+        metrics.show(figures.values())
+        time.sleep(1.0)
+        lines = urllib.request.urlopen(page, timeout=10).read().decode().splitlines()
+    shown = {line.partition("{")[0]: line for line in lines if "mal_" in line and not line.startswith("#")}
+    assert set(shown) == {f"ray_mal_{name}" for name in METRICS}
+    assert shown["ray_mal_boxes_done"].endswith(" 460.0")
+    assert 'run="/results/some run"' in shown["ray_mal_boxes_done"]
