@@ -72,7 +72,7 @@ LEDGER = pa.schema(
         pa.field("id", pa.int64()),  # null where the input has none that is usable
         pa.field("image_id", pa.int64()),
         pa.field("outcome", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),  # for rejected boxes: which of REASONS, and the value at fault
+        pa.field("reason", pa.string()),  # why it is rejected, or what its mask is marked for: REASONS, and the value
     ]
 )
 """The account of every input annotation."""
@@ -99,5 +99,6 @@ REASONS = {
     "too_large": "the image has more pixels than dataset.max_image_pixels",
     "crashed": "labelling this image killed its process again and again",
     "failed": "labelling this image raised an error",
+    "low_quality": "the mask's quality is below inference.min_quality (inference.low_quality: mark or drop)",
 }
 """Reason code -> meaning. In tables a reason is written ``code`` or ``code: detail``."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from mal import storage
 from mal.errors import MalError
-from mal.inference.merge import MergeCounts, merge
+from mal.inference.merge import MergeCounts, OutputOptions, merge
 from mal.labelling.actor import ShardLabeler
 from mal.labelling.run import LabelledRun, label_file
 from mal.run.progress import duration
@@ -15,7 +15,7 @@ from mal.run.status import task_status
 from mal.run.summary import write_summary
 from mal.spec.checks import check_task
 from mal.spec.derived import label_dump_path, results_dir
-from mal.spec.schema import Spec
+from mal.spec.schema import InferenceSpec, Spec
 
 
 def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
         )
         labels, ledger = label_dump_path(spec), storage.join(folder, "ledger.parquet")
         merging = time.perf_counter()
-        counts = merge(run.index, run.shards, labels, ledger)
+        counts = merge(run.index, run.shards, labels, ledger, output_options(settings))
         merge_seconds = time.perf_counter() - merging
         _check_sum(run, counts)
         facts = {
@@ -58,6 +58,7 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
             "clipped": counts.clipped,
             "crowd": counts.crowd,
             "rejected": dict(sorted(counts.rejected.items())),
+            "low_quality": counts.low_quality,
             "labelling_seconds": run.seconds,
             "merge_seconds": merge_seconds,
             "boxes_per_second": run.boxes / run.seconds if run.seconds else None,
@@ -70,6 +71,16 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
         status.write("SUCCESS", _one_line(counts))
         print(report(run, counts, summary), flush=True)
         return summary
+
+
+def output_options(settings: InferenceSpec) -> OutputOptions:
+    """How the spec wants the COCO file."""
+    return OutputOptions(
+        polygons=settings.mask_format == "polygon",
+        dump_quality=settings.dump_quality,
+        min_quality=settings.min_quality,
+        drop_low_quality=settings.low_quality == "drop",
+    )
 
 
 def _check_sum(run: LabelledRun, counts: MergeCounts) -> None:
@@ -92,6 +103,8 @@ def report(run: LabelledRun, counts: MergeCounts, summary: dict[str, Any]) -> st
     """What is printed at the end."""
     lines = [f"annotations in   {run.index.summary.annotations:>10,}", f"labelled         {counts.labelled:>10,}"]
     lines += [f"labelled clipped {counts.clipped:>10,}", f"crowd, kept      {counts.crowd:>10,}"]
+    if counts.low_quality:
+        lines += [f"  low quality    {counts.low_quality:>10,}"]
     lines += [f"rejected         {counts.rejected.total():>10,}"]
     lines += [f"  {reason:<15}{n:>10,}" for reason, n in counts.rejected.most_common()]
     if run.seconds:

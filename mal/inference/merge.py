@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mal import rows, storage
 from mal.data.index import Index
+from mal.polygons import to_polygons
 
 _BLOCK = 8 * 2**20
 _ROWS = 8192
@@ -29,28 +30,46 @@ class MergeCounts:
     crowd: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     """By reason code."""
+    low_quality: int = 0
+    """Of those labelled, clipped or not: masks below ``min_quality`` that are marked (dropped ones are rejected)."""
 
     @property
     def total(self) -> int:
         return self.labelled + self.clipped + self.crowd + self.rejected.total()
 
 
-def merge(index: Index, shards: Sequence[str], label_path: str, ledger_path: str) -> MergeCounts:
+@dataclass(frozen=True)
+class OutputOptions:
+    """How the COCO file is written. It is a view of the shards: other options need no other masks."""
+
+    polygons: bool = False
+    """Masks as polygons instead of RLEs; empty masks stay RLEs, as there is no polygon of nothing."""
+    dump_quality: bool = False
+    min_quality: float = 0.0
+    drop_low_quality: bool = False
+    """Leave masks below ``min_quality`` out, instead of marking them."""
+
+
+def merge(
+    index: Index, shards: Sequence[str], label_path: str, ledger_path: str, options: OutputOptions | None = None
+) -> MergeCounts:
     """Write the COCO file and the ledger, each atomically.
 
     The COCO file holds all that the input held beside its annotations, then one annotation per labelled box in the
     order of the shards, then the crowd annotations as they were. Rejected boxes are in the ledger alone.
     """
+    options = options or OutputOptions()
     counts = MergeCounts()
     encoder = msgspec.json.Encoder()
     with storage.open_write(label_path) as out, storage.open_write(ledger_path) as book:
         ledger = pq.ParquetWriter(book, rows.LEDGER, compression="zstd")
         ledger.write_table(_booked(index.rejected(), counts))
         first = _copy_rest(index, out)
-        for batch in _label_batches(shards):
+        for labels in _label_batches(shards):
+            batch = _judged(labels, options)
             ledger.write_table(_booked(_ledger_rows(batch), counts))
             labelled = batch.filter(pa.compute.is_valid(batch["counts"]))
-            texts = [encoder.encode(_annotation(row)) for row in labelled.to_pylist()]
+            texts = [encoder.encode(_annotation(row, options)) for row in labelled.to_pylist()]
             first = _write_items(out, texts, first)
         _write_items(out, [text.encode() for text in index.kept()["text"].to_pylist()], first)
         out.write(b"\n]}\n")
@@ -87,9 +106,35 @@ def _label_batches(shards: Sequence[str]) -> Iterator[pa.Table]:
                 yield pa.Table.from_batches([batch])
 
 
-def _annotation(row: dict[str, Any]) -> dict[str, Any]:
+def _judged(labels: pa.Table, options: OutputOptions) -> pa.Table:
+    """``labels`` with the reason ``low_quality`` where it applies; without their masks, if they are to be dropped.
+
+    Compared in float32, as the quality is stored.
+    """
+    compute = pa.compute
+    least = pa.scalar(options.min_quality, pa.float32())
+    low = compute.fill_null(compute.less(labels["quality"], least), False)
+    low = compute.and_(low, compute.is_valid(labels["counts"]))
+    if not compute.any(low).as_py():
+        return labels
+    detail = compute.cast(compute.round(compute.cast(labels["quality"], pa.float64()), 4), pa.string())
+    reason = compute.binary_join_element_wise("low_quality", detail, ": ")
+    labels = _with_column(labels, "reason", compute.if_else(low, reason, labels["reason"]))
+    if not options.drop_low_quality:
+        return labels
+    return _with_column(labels, "counts", compute.if_else(low, pa.scalar(None, pa.string()), labels["counts"]))
+
+
+def _with_column(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(place), values)
+
+
+def _annotation(row: dict[str, Any], options: OutputOptions) -> dict[str, Any]:
     """A row of rows.LABELS as a COCO annotation; fields that MAL did not understand come back as they were."""
     annotation: dict[str, Any] = {} if row["carried"] is None else _carried(row["carried"])
+    for stale in ("quality", "low_quality"):  # of an earlier labelling, whose output is the input now
+        annotation.pop(stale, None)
     annotation.update(
         id=row["id"],
         image_id=row["image_id"],
@@ -99,9 +144,13 @@ def _annotation(row: dict[str, Any]) -> dict[str, Any]:
         area=row["area"],
         segmentation={"size": [row["height"], row["width"]], "counts": row["counts"]},
     )
-    for name in ("score", "iou"):
+    if options.polygons and row["area"]:
+        annotation["segmentation"] = to_polygons(row["counts"], row["height"], row["width"])
+    for name in ("score", "iou", "quality") if options.dump_quality else ("score", "iou"):
         if row[name] is not None:
             annotation[name] = row[name]
+    if row["reason"] is not None:
+        annotation["low_quality"] = True
     return annotation
 
 
@@ -116,7 +165,7 @@ def _ledger_rows(labels: pa.Table) -> pa.Table:
     """Rows of rows.LABELS as rows of rows.LEDGER."""
     compute = pa.compute
     outcome = compute.if_else(
-        compute.is_valid(labels["reason"]), "rejected", compute.if_else(labels["clipped"], "clipped", "labelled")
+        compute.is_null(labels["counts"]), "rejected", compute.if_else(labels["clipped"], "clipped", "labelled")
     )
     columns = [labels["position"], labels["id"], labels["image_id"], outcome, labels["reason"]]
     return pa.table(columns, schema=rows.LEDGER)
@@ -129,4 +178,5 @@ def _booked(table: pa.Table, counts: MergeCounts) -> pa.Table:
             counts.rejected[reason.partition(":")[0]] += 1
         else:
             setattr(counts, outcome, getattr(counts, outcome) + 1)
+            counts.low_quality += reason is not None and reason.startswith("low_quality")
     return table
