@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 from mal import __version__
 from mal.client.commands import add_job_commands
+from mal.encryption import ENVIRONMENT as ENCRYPTION_KEY
 from mal.errors import MalError
-from mal.run.secrets import ENCRYPTION_KEY
 from mal.spec.schema import Spec
 from mal.tools.commands import add_tool_commands
 

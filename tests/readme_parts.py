@@ -1,6 +1,6 @@
 """The parts of README.md that follow from the code: the tree with a role per file, and the spec table.
 
-    python tests/readme_parts.py    writes them into README.md; a house test compares
+python tests/readme_parts.py    writes them into README.md; a house test compares
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def filled(readme: str) -> str:
     """``readme`` with the generated parts up to date."""
     for name, text in parts().items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        assert begin in readme, f"README.md has no {begin!r}"
+        assert end in readme, f"README.md has no {end!r}"
         before, _, rest = readme.partition(begin)
-        _, _, after = rest.partition(end)
-        assert rest, f"README.md has no {begin!r}"
+        after = rest.partition(end)[2]
         readme = before + begin + text + end + after
     return readme
 

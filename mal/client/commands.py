@@ -10,8 +10,8 @@ from typing import Any
 
 from mal.client import compose, jobs, package, schema
 from mal.client.server import JobServer
+from mal.encryption import ENVIRONMENT as ENCRYPTION_KEY
 from mal.errors import ClusterError, MalError, SpecError
-from mal.run.secrets import ENCRYPTION_KEY
 from mal.spec.derived import ACTIONS
 
 _IGNORED = {

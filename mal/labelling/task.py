@@ -54,6 +54,8 @@ class LabelTask:
     """Access to the object store, as this process has it. Not in Ray's runtime environment, which ends up in logs."""
     cleaning: Cleaning = NO_CLEANING
     """What is done to every mask."""
+    encryption_key: str | None = field(default=None, repr=False)
+    """Opens an encrypted checkpoint."""
     calibration: Calibration | None = None
     """How quality is estimated; None: the uncalibrated ranking."""
 
@@ -120,6 +122,7 @@ def make_task(
         run=secrets.token_hex(4),
         environment=storage_environment(),
         cleaning=Cleaning(pool.fill_holes, pool.largest_component, pool.min_component_area),
+        encryption_key=spec.encryption_key,
         calibration=_calibration(pool.quality_path),
     )
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mal import storage
+from mal.encryption import opened
 from mal.errors import CheckpointError
 
 
@@ -108,14 +109,14 @@ def load_content(data: bytes, name: str) -> Content:
     return Content(_unpickle(data, name), {})
 
 
-def load_pickle(path: str) -> Any:
+def load_pickle(path: str, key: str | None = None) -> Any:
     """The object that ``torch.save`` wrote to ``path``, tensors on the CPU.
 
     Raises:
         StorageError: the file cannot be read.
         CheckpointError: it is broken, not a PyTorch file, or would run code.
     """
-    return _unpickle(storage.read_bytes(path), path)
+    return _unpickle(opened(storage.read_bytes(path), key, path), path)
 
 
 def _looks_like_safetensors(data: bytes) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mal import storage
 from mal.architectures import ARCHITECTURES
+from mal.encryption import opened
 from mal.errors import CheckpointError
 from mal.model.backbones import Backbone, Stem
 from mal.model.network import MalNetwork, StudentTeacher
@@ -131,14 +132,14 @@ class LoadReport:
         return ", ".join(parts)
 
 
-def read_checkpoint(path: str) -> Checkpoint:
+def read_checkpoint(path: str, key: str | None = None) -> Checkpoint:
     """Read a file of weights, local or remote, and recognise what it is.
 
     Raises:
         StorageError: it cannot be read.
         CheckpointError: it is broken, would run code, or holds no weights.
     """
-    return recognise(storage.read_bytes(path), path)
+    return recognise(opened(storage.read_bytes(path), key, path), path)
 
 
 def recognise(data: bytes, name: str) -> Checkpoint:

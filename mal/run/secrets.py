@@ -12,8 +12,6 @@ import os
 from pathlib import Path
 
 FILE = "secrets.json"
-ENCRYPTION_KEY = "MAL_ENCRYPTION_KEY"
-"""Environment variable with the key that checkpoints are encrypted with."""
 
 
 def load() -> None:

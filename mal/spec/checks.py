@@ -94,8 +94,6 @@ def _contradictions(spec: Spec) -> list[str]:
         )
     if len(train.mask_thres) not in (1, 3):
         problems.append(f"train.mask_thres = {list(train.mask_thres)}: give one value, or three (small, medium, large)")
-    if spec.encryption_key:
-        problems.append("encryption_key is set, but encrypted checkpoints are not supported yet: leave it out")
     if spec.evaluate.comp_clustering:
         problems.append("evaluate.comp_clustering = True: component clustering does not exist here; leave it false")
     pools: dict[str, PoolSpec] = {"evaluate": spec.evaluate, "inference": spec.inference}

@@ -261,7 +261,7 @@ class Spec:
     results_dir: str = "/results"
     """Folder of all results: a local path, s3:// or gs://; on a cluster one that every node reaches."""
     encryption_key: str | None = field(default=None, repr=False)
-    """Key to encrypt checkpoints with."""
+    """Key to encrypt checkpoints with; better given as the environment variable MAL_ENCRYPTION_KEY."""
     strategy: str = key("ddp", choices=("ddp", "fsdp"))
     """How training is spread: 'ddp' copies the model to every worker, 'fsdp' shards it."""
     num_nodes: int = key(1, low=1)

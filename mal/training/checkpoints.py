@@ -16,6 +16,7 @@ import torch
 
 import mal
 from mal import storage
+from mal.encryption import write_encrypted
 from mal.errors import CheckpointError
 from mal.model.weights import load_pickle
 from mal.spec.load import spec_to_values
@@ -69,7 +70,10 @@ def save(
         torch.save(content, buffer)
         for target in (path, task.latest):
             with storage.open_write(target) as file:
-                file.write(buffer.getbuffer())
+                if task.spec.encryption_key:
+                    write_encrypted(file, buffer.getbuffer(), task.spec.encryption_key)
+                else:
+                    file.write(buffer.getbuffer())
     return path
 
 
@@ -96,19 +100,26 @@ def _find(task: TrainTask) -> tuple[str, dict[str, Any]] | None:
     """The checkpoint to go on from and its content; None to start from the beginning.
 
     One that the spec names wins over those of the folder, unless they descend from it: then the same command is being
-    run again. A broken latest one is passed over, with a warning, for the one before it.
+    run again. A broken latest one is passed over, with a warning, for the one before it; if none is left that can be
+    read, that is an error: training anew would overwrite them.
     """
     named = task.spec.train.resume_training_checkpoint_path
+    broken: list[CheckpointError] = []
     for path in _own_checkpoints(task):
         try:
-            content = _read(path)
+            content = _read(path, task.spec.encryption_key)
         except CheckpointError as error:
-            warnings.warn(f"{error}. Going on from the checkpoint before it", stacklevel=2)
+            broken.append(error)
             continue
+        for error in broken:
+            warnings.warn(f"{error}. Going on from the checkpoint before it", stacklevel=2)
         if named is None or content["resumed_from"] == named:
             return path, content
         break
-    return None if named is None else (named, _read(named))
+    else:
+        if broken and named is None:
+            raise broken[0]
+    return None if named is None else (named, _read(named, task.spec.encryption_key))
 
 
 def _own_checkpoints(task: TrainTask) -> list[str]:
@@ -118,9 +129,9 @@ def _own_checkpoints(task: TrainTask) -> list[str]:
     return latest + [storage.join(task.folder, name) for name in sorted(epochs, reverse=True)]
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, key: str | None) -> dict[str, Any]:
     """The content of a training checkpoint, or CheckpointError."""
-    content = load_pickle(path)
+    content = load_pickle(path, key)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: this is no checkpoint of a training run; to start from its weights, set "

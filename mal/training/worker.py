@@ -254,7 +254,7 @@ def training_set(task: TrainTask) -> TrainingSet:
 def initial_model(task: TrainTask) -> StudentTeacher:
     """Student and teacher before the first step: fresh, from timm's weights, or from a file of weights."""
     path, crop_size = task.spec.train.pretrained_model_path, task.spec.dataset.crop_size
-    checkpoint = read_checkpoint(path) if path else None
+    checkpoint = read_checkpoint(path, task.spec.encryption_key) if path else None
     stem = checkpoint.stem if checkpoint else "patch"
     model = StudentTeacher(build_network(task.spec.model, crop_size=crop_size, stem=stem))
     if checkpoint:

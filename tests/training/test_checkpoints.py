@@ -110,3 +110,18 @@ def test_the_saved_spec_holds_no_key(train_task):
     _saved(task, 1)
     assert b"hunter2" not in storage.read_bytes(task.latest)
     assert torch.load(task.latest, weights_only=True)["format"] == checkpoints.FORMAT
+
+
+def test_encrypted_checkpoints_resume_with_their_key_alone(train_task, monkeypatch):
+    monkeypatch.delenv("MAL_ENCRYPTION_KEY", raising=False)
+    task = train_task()
+    locked = dataclasses.replace(task, spec=dataclasses.replace(task.spec, encryption_key="open sesame"))
+    _saved(locked, 1)
+    assert b"student" not in storage.read_bytes(locked.latest)
+    assert _resumed(locked)[1].epoch == 1
+    wrong = dataclasses.replace(task, spec=dataclasses.replace(task.spec, encryption_key="open rye"))
+    with pytest.raises(CheckpointError, match="the key is wrong"):
+        epochs_done(wrong)
+    with pytest.raises(CheckpointError, match="MAL_ENCRYPTION_KEY"):
+        epochs_done(task)
+    assert "sesame" not in repr(locked)

@@ -1,0 +1,93 @@
+"""Files encrypted at rest with a key that a person chose: AES-256-GCM in pieces, so that neither side holds two copies.
+
+Format: ``MALENC1\\n``, 16 bytes of salt, then pieces: 4 bytes of length, nonce and tag included in the ciphertext's
+piece. The key is derived from the person's by scrypt with the salt. Every piece is authenticated together with its
+number and with whether it is the last, so a file that was cut, reordered or changed does not open.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from mal.errors import CheckpointError
+
+ENVIRONMENT = "MAL_ENCRYPTION_KEY"
+"""Environment variable that holds the key, where the spec does not."""
+
+MAGIC = b"MALENC1\n"
+_SALT_BYTES, _NONCE_BYTES = 16, 12
+_PIECE_BYTES = 4 * 2**20
+_LENGTH = struct.Struct(">I")
+_PLACE = struct.Struct(">Q?")
+
+
+def is_encrypted(data: bytes | memoryview) -> bool:
+    """Whether ``data`` begins as `write_encrypted` writes."""
+    return bytes(data[: len(MAGIC)]) == MAGIC
+
+
+def write_encrypted(file: BinaryIO, data: bytes | memoryview, key: str) -> None:
+    """Write ``data`` encrypted with ``key``, some megabytes at a time."""
+    salt = os.urandom(_SALT_BYTES)
+    cipher = _cipher(key, salt)
+    file.write(MAGIC + salt)
+    view = memoryview(data)
+    pieces = max(1, -(-len(view) // _PIECE_BYTES))
+    for number in range(pieces):
+        nonce = os.urandom(_NONCE_BYTES)
+        piece = view[number * _PIECE_BYTES : (number + 1) * _PIECE_BYTES]
+        sealed = nonce + cipher.encrypt(nonce, piece, _PLACE.pack(number, number == pieces - 1))
+        file.write(_LENGTH.pack(len(sealed)))
+        file.write(sealed)
+
+
+def opened(data: bytes, key: str | None, name: str) -> bytes:
+    """``data`` in clear: decrypted if it is encrypted, as it is otherwise.
+
+    Args:
+        key: the person's key; None: that of the environment variable, if any.
+        name: of the file, for messages.
+
+    Raises:
+        CheckpointError: the key is missing or wrong, or the file was cut or changed.
+    """
+    if not is_encrypted(data):
+        return data
+    key = key or os.environ.get(ENVIRONMENT)
+    if not key:
+        raise CheckpointError(f"{name}: it is encrypted; give its key in the environment variable {ENVIRONMENT}")
+    return b"".join(_pieces(data, key, name))
+
+
+def _pieces(data: bytes, key: str, name: str) -> Iterator[bytes]:
+    from cryptography.exceptions import InvalidTag
+
+    view = memoryview(data)
+    start = len(MAGIC) + _SALT_BYTES
+    cipher = _cipher(key, bytes(view[len(MAGIC) : start]))
+    number = 0
+    while True:
+        begin = start + _LENGTH.size
+        if begin > len(view):
+            raise CheckpointError(f"{name}: the encrypted file ends too early: it was cut; use another copy")
+        (length,) = _LENGTH.unpack(view[start:begin])
+        sealed, last = view[begin : begin + length], begin + length >= len(view)
+        try:
+            yield cipher.decrypt(bytes(sealed[:_NONCE_BYTES]), sealed[_NONCE_BYTES:], _PLACE.pack(number, last))
+        except (InvalidTag, ValueError) as error:
+            what = "the key is wrong, or the file was changed" if number == 0 else "the file was cut or changed"
+            raise CheckpointError(f"{name}: it cannot be decrypted: {what}") from error
+        if last:
+            return
+        start, number = begin + length, number + 1
+
+
+def _cipher(key: str, salt: bytes):  # type: ignore[no-untyped-def]
+    """AES-GCM with the key derived from the person's: scrypt, about 50 ms and 32 MB."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
+    return AESGCM(Scrypt(salt=salt, length=32, n=2**15, r=8, p=1).derive(key.encode()))
