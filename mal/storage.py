@@ -69,7 +69,14 @@ def name(path: str) -> str:
 def _remote_filesystem(scheme: str, authority: str, query: str) -> pafs.FileSystem:
     """One client per bucket and process: it holds the connections. ``query``: pyarrow's options, if any."""
     if scheme == "s3" and not query:
-        return pafs.S3FileSystem(retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REMOTE_ATTEMPTS))
+        # Unlike a URI, this constructor does not read the endpoint from the environment.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        kind, _, host = endpoint.rpartition("://")
+        return pafs.S3FileSystem(
+            endpoint_override=host.rstrip("/") or None,
+            scheme=kind or "https",
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REMOTE_ATTEMPTS),
+        )
     uri = f"{scheme}://{authority}/x" + (f"?{query}" if query else "")
     return pafs.FileSystem.from_uri(uri)[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +21,9 @@ from mal.run.progress import ProgressLine
 from mal.run.status import StatusLog
 from mal.spec.derived import max_actors
 from mal.spec.schema import PoolSpec, Spec
+
+_ERROR_LINE = re.compile(r"(?!ray\.exceptions)[A-Za-z_][\w.]*(Error|Exception)(: |$)")
+"""The last line of a Python traceback, but not one of Ray's own."""
 
 
 @dataclass(frozen=True)
@@ -143,5 +147,6 @@ def explained(error: BaseException) -> MalError:
             return cause
         last = cause
         cause = getattr(cause, "cause", None) or cause.__cause__
-    lines = str(last).strip().splitlines() or [type(last).__name__]
-    return MalError(f"a worker failed: {lines[-1].strip()}\n" + "\n".join(lines[-20:]))
+    lines = str(error).strip().splitlines() or [type(last).__name__]
+    told = [line.strip() for line in lines if _ERROR_LINE.match(line.strip())] or [lines[-1].strip()]
+    return MalError(f"a worker failed: {told[-1]}\n" + "\n".join(lines[-20:]))

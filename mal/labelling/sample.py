@@ -43,7 +43,7 @@ def spread(index: Index, shards: list[int], images: int = IMAGES) -> list[pa.Tab
     for shard in chosen:
         rows = index.read_shard(shard)
         step = max(1, rows.num_rows * len(chosen) // images)
-        tables.append(rows.take(range(0, rows.num_rows, step)))
+        tables.append(rows.take(list(range(0, rows.num_rows, step))))
     return tables
 
 

@@ -64,7 +64,8 @@ def store() -> Iterator[Flaky]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
             patch.setenv(name, value)
-        pafs.S3FileSystem(allow_bucket_creation=True).create_dir("labels")
+        address = f"127.0.0.1:{server.server_port}"
+        pafs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True).create_dir("labels")
         yield application
     server.shutdown()
     thread.join()
