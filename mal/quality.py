@@ -48,6 +48,11 @@ def tightness(mask: Window | None, box: Box) -> float:
     return 0.0 if mask is None else min(1.0, mask.width * mask.height / area(box))
 
 
+def evidence(box: Box, mask_area: int, tightness: float, *, mean_probability: float, stability: float) -> Evidence:
+    """The evidence of one mask; ``box`` is clipped to its image."""
+    return Evidence(mean_probability, stability, tightness, min(1.0, mask_area / area(box)), area(box) ** 0.5)
+
+
 def default_quality(evidence: Array) -> Array:
     """A ranking without calibration, 0..1.
 
@@ -83,9 +88,8 @@ class Calibration:
     def from_json(cls, values: Any, source: str) -> Calibration:
         """From what ``quality.json`` holds under ``calibration``. Raises InputError, naming ``source``."""
         try:
-            assert_version = values["version"]
-            if assert_version != _VERSION:
-                raise InputError(f"{source}: a calibration of version {assert_version}, this is {_VERSION}")
+            if values["version"] != _VERSION:
+                raise InputError(f"{source}: version {values['version']} of calibrations is not known here")
             found = cls(**{name: tuple(map(float, values[name])) for name in cls.__dataclass_fields__})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source}: this is no calibration of quality; `mal evaluate` writes them") from error

@@ -103,6 +103,29 @@ def test_mean_probability_is_of_the_mask() -> None:
     assert (none.area, none.mean_probability) == (0, 0.0)
 
 
+def test_stability_is_the_share_of_pixels_that_another_threshold_keeps() -> None:
+    ramp = torch.linspace(-3, 3, 32).repeat(32, 1)  # logits that rise from left to right
+    item = BoxItem(photograph(96, 96), Box(0, 0, 96, 96))
+    options = {"crop_size": SIZE, "mask_threshold": (0.5,), "margin_rate": (0.0, 0.0)}
+    (soft,) = Predictor(Fixed(ramp), **options).predict([item])
+    assert soft.stability == pytest.approx(0.5, abs=0.05)  # logits 1..3 of -1..3
+    (steep,) = Predictor(Fixed(20 * ramp), **options).predict([item])
+    assert steep.stability > 0.95
+    (empty,) = Predictor(Fixed(ramp - 9), **options).predict([item])
+    assert (empty.area, empty.stability) == (0, 0.0)
+
+
+def test_agreement_of_opinions() -> None:
+    item = BoxItem(photograph(40, 40), Box(10, 10, 30, 30))
+    yes, no = torch.full((8, 8), 9.0), torch.full((8, 8), -9.0)
+    (alone,) = Predictor(Fixed(yes), crop_size=SIZE).predict([item])
+    assert alone.agreement is None
+    (same,) = Predictor(Fixed(yes), crop_size=SIZE, mix_with=Fixed(yes)).predict([item])
+    assert same.agreement == pytest.approx(1.0)
+    (other,) = Predictor(Fixed(yes), crop_size=SIZE, mix_with=Fixed(no)).predict([item])
+    assert other.agreement == pytest.approx(0.0, abs=1e-3)
+
+
 def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     item = BoxItem(photograph(90, 120), Box(3.3, 5.5, 110.2, 80.9))
     predict = Predictor(Brightness(), crop_size=SIZE).predict
@@ -111,6 +134,7 @@ def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     (strips,) = predict([item])
     assert (strips.counts, strips.area) == (whole.counts, whole.area)
     assert strips.mean_probability == pytest.approx(whole.mean_probability, rel=1e-6)
+    assert strips.stability == whole.stability
 
 
 def crop_items() -> list[BoxItem]:

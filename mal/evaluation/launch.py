@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mal import boxes, storage
 from mal.errors import InputError
+from mal.evaluation.detections import average_precision, format_precision
+from mal.evaluation.quality_report import format_quality, quality_report
 from mal.labelling.run import LabelledRun, label_file
 from mal.labelling.task import file_fingerprint
 from mal.metrics import MaskScores, format_table
@@ -25,7 +27,8 @@ def run_evaluation(spec: Spec) -> dict[str, Any]:
     """Measure ``evaluate.checkpoint`` on ``dataset.val_ann_path``.
 
     Every combination of checkpoint and options has its own rows under ``<folder>/runs``, so that a folder can be
-    evaluated into again; ``metrics.json`` holds the figures of the last one.
+    evaluated into again; ``metrics.json`` holds the figures of the last one, and
+    ``quality.json`` the calibration of its masks' quality.
 
     Returns:
         The figures, as in ``metrics.json``.
@@ -37,46 +40,90 @@ def run_evaluation(spec: Spec) -> dict[str, Any]:
     check_task(spec, "evaluate")
     folder, settings = results_dir(spec, "evaluate"), spec.evaluate
     storage.make_folder(folder)
+    measure = _measure_masks if settings.detections_path is None else _measure_detections
     with task_status(folder, "evaluation") as status:
         begun = time.time()
         run = label_file(
             spec,
             settings,
             folder=storage.join(folder, "runs", _run_name(spec)),
-            ann_path=spec.dataset.val_ann_path or "",
-            images_path=None,
+            ann_path=settings.detections_path or spec.dataset.val_ann_path or "",
+            images_path=None if settings.detections_path is None else spec.dataset.val_ann_path,
             img_dir=spec.dataset.val_img_dir or "",
-            load_mask=True,
+            load_mask=settings.detections_path is None,
             status=status,
         )
-        scores = score_shards(run)
-        result = scores.result()
-        if not result["counts"]["boxes"]:
-            raise InputError(
-                f"dataset.val_ann_path = {spec.dataset.val_ann_path!r}: none of its boxes has a mask to compare with"
-            )
-        names = run.index.summary.categories
-        metrics = {
-            **{name: value for name, value in result.items() if name != "per_class"},
-            "per_class": {names.get(category, str(category)): score for category, score in result["per_class"].items()},
-            "checkpoint": settings.checkpoint,
-        }
+        found = measure(spec, run, folder)
+        metrics = {**found.metrics, "checkpoint": settings.checkpoint}
         storage.write_bytes(storage.join(folder, "metrics.json"), json.dumps(metrics, indent=1).encode() + b"\n")
-        facts = {"metrics": metrics, "rows": storage.parent(run.shards[0]), "labelling_seconds": run.seconds}
-        write_summary(folder, "evaluate", spec, begun, facts)
-        kpi = {name: value for name, value in result.items() if isinstance(value, float)}
-        status.write("SUCCESS", f"mIoU {kpi['mIoU']:.4f} on {result['counts']['boxes']:,} boxes", kpi)
-        print(format_table(result, names))
-        print(f"metrics: {storage.join(folder, 'metrics.json')}", flush=True)
+        shards = storage.parent(run.shards[0]) if run.shards else None
+        write_summary(
+            folder,
+            "evaluate",
+            spec,
+            begun,
+            {"metrics": metrics, "rows": shards, "labelling_seconds": run.seconds, "boxes": run.boxes},
+        )
+        status.write("SUCCESS", found.line, found.kpi)
+        print(found.table)
+        print(f"metrics:  {storage.join(folder, 'metrics.json')}")
+        print(f"each box: {shards} (parquet: iou, quality and what it is made of)", flush=True)
         return metrics
+
+
+class _Measured(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, Any]
+    line: str
+    kpi: dict[str, float]
+    table: str
+
+
+def _measure_masks(spec: Spec, run: LabelledRun, folder: str) -> _Measured:
+    """Mean IoU, and the quality report, whose calibration goes to ``quality.json``."""
+    result = score_shards(run).result()
+    if not result["counts"]["boxes"]:
+        raise InputError(
+            f"dataset.val_ann_path = {spec.dataset.val_ann_path!r}: none of its boxes has a mask to compare with"
+        )
+    names = run.index.summary.categories
+    report = quality_report(run)
+    path = storage.join(folder, "quality.json")
+    storage.write_bytes(path, json.dumps(report, indent=1).encode() + b"\n")
+    metrics = {
+        **{name: value for name, value in result.items() if name != "per_class"},
+        "per_class": {names.get(category, str(category)): score for category, score in result["per_class"].items()},
+        "quality": {name: value for name, value in report.items() if name != "calibration"},
+    }
+    kpi = {name: value for name, value in result.items() if isinstance(value, float)}
+    line = f"mIoU {kpi['mIoU']:.4f} on {result['counts']['boxes']:,} boxes"
+    hint = f"\nto calibrate inference with it: inference.quality_path={path}" if "calibration" in report else ""
+    return _Measured(metrics, line, kpi, f"{format_table(result, names)}\n\n{format_quality(report)}{hint}")
+
+
+def _measure_detections(spec: Spec, run: LabelledRun, folder: str) -> _Measured:
+    """COCO average precision of a detector's boxes and of their masks."""
+    precision = average_precision(spec.dataset.val_ann_path or "", run.shards)
+    kpi = {f"{kind}_AP": figures["AP"] or 0.0 for kind, figures in precision.items()}
+    line = f"AP {kpi['bbox_AP']:.4f} of boxes, {kpi['segm_AP']:.4f} of masks"
+    return _Measured({"average_precision": precision}, line, kpi, format_precision(precision))
 
 
 def _run_name(spec: Spec) -> str:
     """A folder name for the checkpoint and the options that change its masks."""
     pool = spec.evaluate
-    options = {"teacher": pool.use_teacher_test, "mixed": pool.use_mixed_model_test, "flip": pool.use_flip_test}
+    options = {
+        "teacher": pool.use_teacher_test,
+        "mixed": pool.use_mixed_model_test,
+        "flip": pool.use_flip_test,
+        "filled": pool.fill_holes,
+        "largest": pool.largest_component,
+        f"from{pool.min_component_area}px": pool.min_component_area > 0,
+    }
     chosen = [name for name, on in options.items() if on] or ["student"]
-    return "-".join([file_fingerprint(pool.checkpoint or ""), *chosen])
+    files = [file_fingerprint(path) for path in (pool.quality_path, pool.detections_path) if path is not None]
+    return "-".join([file_fingerprint(pool.checkpoint or ""), *chosen, *files])
 
 
 def score_shards(run: LabelledRun) -> MaskScores:

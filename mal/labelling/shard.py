@@ -174,12 +174,12 @@ def _filled(task: LabelTask, waiting: _Waiting, result: MaskResult) -> dict[str,
 
 def _quality(task: LabelTask, box: boxes.Box, row: dict[str, Any], result: MaskResult) -> dict[str, Any]:
     """The estimate of the mask's IoU, and what it is made of."""
-    evidence = quality.Evidence(
+    evidence = quality.evidence(
+        box,
+        row["area"],
+        quality.tightness(masks.bounds(row["counts"], row["height"], row["width"]), box),
         mean_probability=result.mean_probability,
         stability=result.stability,
-        tightness=quality.tightness(masks.bounds(row["counts"], row["height"], row["width"]), box),
-        fill=min(1.0, row["area"] / boxes.area(box)),
-        size=boxes.area(box) ** 0.5,
     )
     estimate = task.calibration or quality.default_quality
     return {

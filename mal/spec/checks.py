@@ -38,6 +38,7 @@ def _required(spec: Spec, action: Action, look: bool) -> list[str]:
             "dataset.val_img_dir": (data.val_img_dir, True),
             "evaluate.checkpoint": (spec.evaluate.checkpoint, True),
             "evaluate.quality_path": (spec.evaluate.quality_path, False),
+            "evaluate.detections_path": (spec.evaluate.detections_path, False),
         }
     else:
         files = {

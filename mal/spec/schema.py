@@ -109,7 +109,9 @@ class TrainSpec:
     seed: int = 1234
     """Seed of weights, order and augmentation; negative: none."""
     checkpoint_interval: int = key(1, low=1)
-    """Epochs between checkpoints."""
+    """Epochs between checkpoints, or optimiser steps, by checkpoint_interval_unit."""
+    checkpoint_interval_unit: str = key("epoch", choices=("epoch", "step"))
+    """What checkpoint_interval counts. By steps, training goes on within an epoch; the last epoch is saved as well."""
     validation_interval: int = key(1, low=1)
     """Epochs between validations."""
     resume_training_checkpoint_path: str | None = None
@@ -216,6 +218,8 @@ class PoolSpec:
 class EvaluateSpec(PoolSpec):
     """Measuring masks against those of the validation file."""
 
+    detections_path: str | None = None
+    """A detector's result list on the validation images: measures the COCO AP of its boxes and of their masks."""
     comp_clustering: bool = False
     """Kept for old spec files; it must stay false."""
 

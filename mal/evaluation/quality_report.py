@@ -1,0 +1,78 @@
+"""How well the quality of masks tells their IoU; and the calibration for it, fitted on the rows of an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mal import boxes, quality, storage
+from mal.labelling.run import LabelledRun
+
+_COLUMNS = [
+    *("image_id", "iou", "area", "bbox", "width", "height"),
+    *("mean_probability", "stability", "tightness"),
+]
+
+
+def quality_report(run: LabelledRun) -> dict[str, Any]:
+    """The content of ``quality.json``: what was measured, and the calibration that inference can use.
+
+    The calibrated figures are those of boxes that the calibration had not seen: it is fitted five times, each time
+    without a fifth of the images. The calibration that is written is fitted on all.
+
+    Returns:
+        ``boxes`` counted, ``calibrated`` / ``uncalibrated`` / ``mean_probability``: `mal.quality.QualityReport` of each
+        estimate, and ``calibration``. With fewer than `mal.quality.FEWEST_BOXES` boxes, only ``boxes``.
+    """
+    table = read_scored(run, _COLUMNS)
+    report: dict[str, Any] = {"boxes": table.num_rows}
+    if table.num_rows < quality.FEWEST_BOXES:
+        return report
+    evidence = np.array([_evidence(row) for row in table.to_pylist()])
+    ious = table["iou"].to_numpy().astype(np.float64)
+    estimates = {
+        "calibrated": quality.cross_validated(evidence, ious, table["image_id"].to_numpy()),
+        "uncalibrated": quality.default_quality(evidence),
+        "mean_probability": evidence[:, 0],
+    }
+    report |= {name: quality.judge(estimate, ious) for name, estimate in estimates.items()}
+    return {**report, "calibration": quality.fit(evidence, ious).to_json()}
+
+
+def read_scored(run: LabelledRun, columns: list[str]) -> pa.Table:
+    """These columns of all rows that have an IoU."""
+    tables = []
+    for path in run.shards:
+        with storage.open_read(path) as file:
+            table = pq.read_table(file, columns=columns)
+        tables.append(table.filter(pc.is_valid(table["iou"])))
+    return pa.concat_tables(tables)
+
+
+def _evidence(row: dict[str, Any]) -> quality.Evidence:
+    box = boxes.clip(boxes.from_xywh(row["bbox"]), row["width"], row["height"])
+    assert box is not None, "only boxes that overlap their image are labelled"
+    return quality.evidence(
+        box, row["area"], row["tightness"], mean_probability=row["mean_probability"], stability=row["stability"]
+    )
+
+
+def format_quality(report: dict[str, Any]) -> str:
+    """The report as aligned plain text."""
+    if "calibration" not in report:
+        return f"quality of masks: {report['boxes']} boxes are too few to calibrate on ({quality.FEWEST_BOXES})"
+    lines = [
+        f"{'quality of masks':<18}{'rank corr.':>11}{'calib. error':>14}   mean IoU: all, without the worst 10/20/50 %"
+    ]
+    for name in ("calibrated", "uncalibrated", "mean_probability"):
+        found: quality.QualityReport = report[name]
+        kept = "  ".join(f"{found['mean_iou_kept'][share]:.4f}" for share in ("10", "20", "50"))
+        error = found["expected_calibration_error"]
+        lines.append(
+            f"{name.replace('_', ' '):<18}{found['spearman']:>11.3f}{error:>14.3f}   {found['mean_iou']:.4f}  {kept}"
+        )
+    return "\n".join(lines)
