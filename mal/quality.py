@@ -88,8 +88,9 @@ class Calibration:
     def from_json(cls, values: Any, source: str) -> Calibration:
         """From what ``quality.json`` holds under ``calibration``. Raises InputError, naming ``source``."""
         try:
-            if values["version"] != _VERSION:
-                raise InputError(f"{source}: version {values['version']} of calibrations is not known here")
+            version = values["version"]
+            if version != _VERSION:
+                raise InputError(f"{source}: calibrations of version {version} are not known here")
             found = cls(**{name: tuple(map(float, values[name])) for name in cls.__dataclass_fields__})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source}: this is no calibration of quality; `mal evaluate` writes them") from error

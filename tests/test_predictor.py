@@ -110,7 +110,7 @@ def test_stability_is_the_share_of_pixels_that_another_threshold_keeps() -> None
     (soft,) = Predictor(Fixed(ramp), **options).predict([item])
     assert soft.stability == pytest.approx(0.5, abs=0.05)  # logits 1..3 of -1..3
     (steep,) = Predictor(Fixed(20 * ramp), **options).predict([item])
-    assert steep.stability > 0.95
+    assert steep.stability > 0.9
     (empty,) = Predictor(Fixed(ramp - 9), **options).predict([item])
     assert (empty.area, empty.stability) == (0, 0.0)
 
