@@ -12,12 +12,13 @@ from typing import Any, cast
 import pyarrow as pa
 
 from mal import storage
-from mal.errors import ClusterError, MalError
+from mal.errors import MalError
 from mal.labelling.actor import LEFT, ShardLabeler
 from mal.labelling.figures import LabellingFigures, RayMetrics
 from mal.labelling.task import LabelTask
 from mal.run.cluster import Cluster
 from mal.run.progress import ProgressLine
+from mal.run.room import Need
 from mal.run.status import StatusLog
 from mal.spec.derived import max_actors
 from mal.spec.schema import PoolSpec, Spec
@@ -45,16 +46,17 @@ def pool_size(spec: Spec, pool: PoolSpec, cluster: Cluster, shards: int) -> Pool
     """The pool for ``shards`` shards of work on the cluster at hand.
 
     Without a GPU, ``max_actors: 0`` means as many CPU actors as the cluster's CPUs carry.
+
+    Raises:
+        ClusterError: not even ``min_actors`` can ever run there.
     """
     most = max_actors(spec, pool)
     if not cluster.gpus and not pool.max_actors:
         most = max(most, int(cluster.worker_cpus // pool.cpus_per_actor))
     most = max(1, min(most, shards))
-    if not cluster.gpus and pool.cpus_per_actor > cluster.cpus:
-        raise ClusterError(
-            f"cpus_per_actor = {pool.cpus_per_actor:g}, but the cluster has {cluster.cpus:g} CPUs: lower it"
-        )
-    return PoolSize(min(pool.min_actors, most), most, pool.cpus_per_actor, 1.0 if cluster.gpus else 0.0)
+    size = PoolSize(min(pool.min_actors, most), most, pool.cpus_per_actor, 1.0 if cluster.gpus else 0.0)
+    cluster.check_room(Need("actor", size.least, size.cpus, size.gpus, "lower cpus_per_actor or min_actors"))
+    return size
 
 
 def label_all(

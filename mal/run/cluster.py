@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mal.errors import ClusterError
+from mal.run.room import Need, Node, check_room
 from mal.spec.schema import RaySpec
 
 WORKER_ENVIRONMENT = {
@@ -23,12 +24,25 @@ _MIN_CPUS = 4
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster has at this moment."""
+    """What the connected cluster has, and what its autoscaler can bring."""
 
     gpus: float
     cpus: float
     embedded: bool
     """Started by us on this machine."""
+    nodes: tuple[Node, ...] = ()
+    """Those that are there at this moment."""
+    coming_cpus: float = 0.0
+    coming_gpus: float = 0.0
+    """What the autoscaler can bring besides; counted in `cpus` and `gpus`."""
+
+    def check_room(self, need: Need) -> None:
+        """Print a line if ``need`` has to wait for nodes. Raises ClusterError if it can never be met."""
+        line = check_room(
+            need, self.nodes, coming_cpus=self.coming_cpus, coming_gpus=self.coming_gpus, alone=self.embedded
+        )
+        if line:
+            print(line, flush=True)
 
     @property
     def worker_cpus(self) -> int:
@@ -54,7 +68,7 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
     import ray
 
     if ray.is_initialized():
-        yield _describe(embedded=not address)
+        yield _describe(spec, embedded=not address)
         return
     # A job may have been given some of these: its own values stay, and Ray is told that this is no contradiction.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
@@ -77,13 +91,17 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
         store = int(spec.object_store_gb * 2**30)
         ray.init(num_cpus=cpus, object_store_memory=store, include_dashboard=True, **common)
     try:
-        yield _describe(embedded=not address)
+        yield _describe(spec, embedded=not address)
     finally:
         ray.shutdown()
 
 
-def _describe(embedded: bool) -> Cluster:
+def _describe(spec: RaySpec, embedded: bool) -> Cluster:
     import ray
 
-    resources = ray.cluster_resources()
-    return Cluster(gpus=resources.get("GPU", 0.0), cpus=resources.get("CPU", 0.0), embedded=embedded)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple(Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive)
+    here_cpus, here_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    coming_cpus = 0.0 if embedded else max(0.0, spec.autoscaled_cpus - here_cpus)
+    coming_gpus = 0.0 if embedded else max(0.0, spec.autoscaled_gpus - here_gpus)
+    return Cluster(here_gpus + coming_gpus, here_cpus + coming_cpus, embedded, nodes, coming_cpus, coming_gpus)

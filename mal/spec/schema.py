@@ -256,6 +256,10 @@ class RaySpec:
     """CPUs to schedule on; 0: all of this machine, at least four."""
     object_store_gb: float = key(1.0, low=0.1)
     """Memory of the object store."""
+    autoscaled_cpus: int = key(0, low=0)
+    """CPUs that an existing cluster has when its autoscaler has brought all it may; 0: it has no autoscaler."""
+    autoscaled_gpus: int = key(0, low=0)
+    """GPUs that an existing cluster has when its autoscaler has brought all it may."""
 
 
 @dataclass(frozen=True, slots=True)

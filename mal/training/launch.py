@@ -15,10 +15,11 @@ import mal.errors
 from mal import storage
 from mal.data.index import build_index
 from mal.data.training_set import load_training_boxes
-from mal.errors import ClusterError, MalError, TrainingError
+from mal.errors import MalError, TrainingError
 from mal.run import pause
 from mal.run.cluster import Cluster, connected
 from mal.run.progress import ProgressLine
+from mal.run.room import Need
 from mal.run.status import StatusLog, task_status
 from mal.run.summary import write_summary
 from mal.spec.checks import check_task
@@ -86,16 +87,9 @@ def _indexes(spec: Spec, folder: str) -> tuple[str, str | None, int]:
 
 def _check_room(spec: Spec, cluster: Cluster, workers: int) -> None:
     """Raise ClusterError if the workers can never be started here."""
-    if cluster.gpus:
-        if cluster.embedded and workers > cluster.gpus:
-            raise ClusterError(
-                f"train.num_gpus x num_nodes = {workers}, but this machine has {cluster.gpus:g} GPUs: lower it"
-            )
-    elif cluster.embedded and workers * spec.train.cpus_per_worker > cluster.cpus:
-        raise ClusterError(
-            f"{workers} CPU workers with train.cpus_per_worker = {spec.train.cpus_per_worker:g} need more than the "
-            f"{cluster.cpus:g} CPUs of this cluster: lower train.num_gpus or train.cpus_per_worker"
-        )
+    remedy = "lower train.num_gpus, train.num_nodes or train.cpus_per_worker"
+    gpus = 1.0 if cluster.gpus else 0.0
+    cluster.check_room(Need("training worker", workers, spec.train.cpus_per_worker, gpus, remedy))
 
 
 def _fit(task: TrainTask, board: Any) -> None:
