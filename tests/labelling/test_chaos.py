@@ -26,7 +26,7 @@ from mal.inference.launch import run_inference
 from mal.labelling.actor import ShardLabeler
 from mal.labelling.task import LabelTask
 
-pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,7 +145,6 @@ class SmallDisk(Slow):
     def label(self, shard: int) -> tuple[int, int]:
         self.labelled += 1
         if self.labelled > 2:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         try:
             return super().label(shard)
