@@ -1,7 +1,8 @@
 """Writing and reading the state of training: one file that every strategy and number of workers can go on from.
 
 The file is a dict that ``torch.load(weights_only=True)`` reads: ``state_dict`` with ``student.*`` and ``teacher.*``,
-``optimizer``, ``scaler``, ``epoch`` (epochs done), ``global_step``, ``spec`` (without secrets) and versions.
+``optimizer``, ``scaler``, ``epoch`` (epochs done), ``offset`` (samples done in the next one), ``global_step``, ``spec``
+(without secrets) and versions.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mal.training.strategy import Alone
 from mal.training.task import TrainTask
 
 FORMAT = "mal-training-1"
+KEPT_WITHIN_EPOCH = 2
+"""Checkpoints within the running epoch that are kept: the newest may be broken by what stopped training."""
 
 
 @dataclass
@@ -33,6 +36,8 @@ class TrainingState:
 
     epoch: int = 0
     """Epochs done."""
+    offset: int = 0
+    """Samples of the next epoch that all workers together have done."""
     global_step: int = 0
     """Optimiser steps done."""
     loss: float = math.nan
@@ -49,9 +54,9 @@ def save(
     state: TrainingState,
     rank: int,
 ) -> str:
-    """Write ``model_epoch_NNN.pth`` and ``mal_model_latest.pth``. All ranks call it together, the first one writes."""
+    """Write a checkpoint by its own name and as ``mal_model_latest.pth``; all ranks call it, the first one writes."""
     model_state, optimizer_state = strategy.model_state(), strategy.optimizer_state(optimizer)
-    path = task.epoch_path(state.epoch - 1)
+    path = task.step_path(state.global_step) if state.offset else task.epoch_path(state.epoch - 1)
     if rank == 0:
         content = {
             "format": FORMAT,
@@ -59,6 +64,7 @@ def save(
             "optimizer": optimizer_state,
             "scaler": scaler.state_dict(),
             "epoch": state.epoch,
+            "offset": state.offset,
             "global_step": state.global_step,
             "scores": state.scores,
             "resumed_from": task.spec.train.resume_training_checkpoint_path,
@@ -74,7 +80,15 @@ def save(
                     write_encrypted(file, buffer.getbuffer(), task.spec.encryption_key)
                 else:
                     file.write(buffer.getbuffer())
+        _delete_outdated(task, keep=KEPT_WITHIN_EPOCH if state.offset else 0)
     return path
+
+
+def _delete_outdated(task: TrainTask, keep: int) -> None:
+    """Delete the checkpoints within an epoch, but for the newest ``keep``."""
+    within = [name for name in storage.list_files(task.folder) if name.startswith("model_step_")]
+    for name in sorted(within)[: len(within) - keep]:
+        storage.delete(storage.join(task.folder, name))
 
 
 def resume(
@@ -93,7 +107,7 @@ def resume(
     strategy.load_model(content["state_dict"])
     strategy.load_optimizer(optimizer, content["optimizer"])
     scaler.load_state_dict(content["scaler"])
-    return TrainingState(content["epoch"], content["global_step"], scores=dict(content["scores"]))
+    return TrainingState(content["epoch"], content["offset"], content["global_step"], scores=dict(content["scores"]))
 
 
 def _find(task: TrainTask) -> tuple[str, dict[str, Any]] | None:
@@ -111,8 +125,8 @@ def _find(task: TrainTask) -> tuple[str, dict[str, Any]] | None:
         except CheckpointError as error:
             broken.append(error)
             continue
-        for error in broken:
-            warnings.warn(f"{error}. Going on from the checkpoint before it", stacklevel=2)
+        for fault in broken:
+            warnings.warn(f"{fault}. Going on from the checkpoint before it", stacklevel=2)
         if named is None or content["resumed_from"] == named:
             return path, content
         break
@@ -124,9 +138,10 @@ def _find(task: TrainTask) -> tuple[str, dict[str, Any]] | None:
 
 def _own_checkpoints(task: TrainTask) -> list[str]:
     """The folder's checkpoints, newest first."""
-    epochs = [n for n in storage.list_files(task.folder) if n.startswith("model_epoch_") and n.endswith(".pth")]
+    names = [n for n in storage.list_files(task.folder) if n.startswith(("model_epoch_", "model_step_"))]
     latest = [task.latest] if storage.exists(task.latest) else []
-    return latest + [storage.join(task.folder, name) for name in sorted(epochs, reverse=True)]
+    # Those within an epoch are deleted when an epoch's is written, so they are newer; and "step" sorts behind "epoch".
+    return latest + [storage.join(task.folder, name) for name in sorted(names, reverse=True)]
 
 
 def _read(path: str, key: str | None) -> dict[str, Any]:
@@ -152,11 +167,15 @@ def _check_model(path: str, saved: dict[str, Any], spec: Spec) -> None:
         )
 
 
-def epochs_done(task: TrainTask) -> int:
-    """Epochs that the checkpoint to go on from has behind it. Raises CheckpointError if it is of another model."""
+def progress(task: TrainTask) -> tuple[int, int]:
+    """Epochs, and samples of the next one, that the checkpoint to go on from has behind it.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
     found = _find(task)
     if found is None:
-        return 0
+        return 0, 0
     path, content = found
     _check_model(path, content["spec"], task.spec)
-    return int(content["epoch"])
+    return int(content["epoch"]), int(content["offset"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import threading
 import time
 import typing
@@ -26,7 +27,7 @@ from mal.spec.checks import check_task
 from mal.spec.derived import results_dir, train_workers
 from mal.spec.schema import Spec
 from mal.training.board import NAME, Board
-from mal.training.checkpoints import epochs_done
+from mal.training.checkpoints import progress
 from mal.training.task import TrainTask
 from mal.training.worker import train_worker
 
@@ -53,17 +54,21 @@ def run_training(spec: Spec) -> dict[str, Any]:
         with connected(spec.ray) as cluster:
             workers, use_gpu = train_workers(spec), cluster.gpus > 0
             _check_room(spec, cluster, workers)
-            task = TrainTask(spec, folder, train_index, val_index, workers, use_gpu)
+            seed = spec.train.seed if spec.train.seed >= 0 else secrets.randbelow(2**31)
+            task = TrainTask(spec, folder, train_index, val_index, workers, use_gpu, seed)
             storage.delete(task.fatal)
-            done = epochs_done(task)  # a checkpoint that cannot be gone on from stops it here, before any worker
+            # A checkpoint that cannot be gone on from stops it here, before any worker is started.
+            epochs, samples = progress(task)
             what = "GPU" if use_gpu else "CPU"
             note = "" if use_gpu else " (this cluster has no GPU)"
             print(f"training on {workers} {what} worker{'s' if workers > 1 else ''}{note}: {folder}", flush=True)
-            with _progress(task, boxes, done, status) as board:
-                _fit(task, board)
-        done = epochs_done(task)
-        if done < spec.train.num_epochs and pause.asked(folder):
-            raise pause.paused(f"{done} of {spec.train.num_epochs} epochs are done")
+            if epochs < spec.train.num_epochs:
+                with _progress(task, boxes, epochs, samples, status) as board:
+                    _fit(task, board)
+        epochs, samples = progress(task)
+        if epochs < spec.train.num_epochs and pause.asked(folder):
+            more = f" and {samples:,} boxes of the next one" if samples else ""
+            raise pause.paused(f"{epochs} of {spec.train.num_epochs} epochs{more} are done")
         summary = write_summary(folder, "train", spec, begun, {"boxes": boxes, "checkpoint": task.latest})
         status.write("SUCCESS", f"training finished: {task.latest}")
         print(f"checkpoint: {task.latest}")
@@ -139,7 +144,7 @@ def _noted(task: TrainTask) -> MalError | None:
 
 
 @contextmanager
-def _progress(task: TrainTask, boxes: int, done: int, status: StatusLog) -> Iterator[Any]:
+def _progress(task: TrainTask, boxes: int, epochs: int, samples: int, status: StatusLog) -> Iterator[Any]:
     """A board for the workers, and a thread that shows what they write on it."""
     import ray
 
@@ -148,7 +153,7 @@ def _progress(task: TrainTask, boxes: int, done: int, status: StatusLog) -> Iter
     train = task.spec.train
     batch = train.batch_size * train.accum_grad_batches * task.workers
     per_epoch = -(-boxes // batch) * batch
-    total, already = per_epoch * train.num_epochs, per_epoch * done
+    total, already = per_epoch * train.num_epochs, per_epoch * epochs + samples
     stop = threading.Event()
     with ProgressLine("training", total, "boxes", already=already) as line:
 

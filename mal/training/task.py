@@ -18,6 +18,8 @@ class TrainTask:
     val_index: str | None
     workers: int
     use_gpu: bool
+    seed: int = 1234
+    """Of weights, order and augmentation: the spec's, or one that was drawn because the spec has none."""
 
     @property
     def latest(self) -> str:
@@ -26,6 +28,10 @@ class TrainTask:
     def epoch_path(self, epoch: int) -> str:
         """The checkpoint after the epoch of this number, counted from 0."""
         return storage.join(self.folder, f"model_epoch_{epoch:03d}.pth")
+
+    def step_path(self, global_step: int) -> str:
+        """A checkpoint within an epoch. It is deleted when a later one, and that of its epoch, are there."""
+        return storage.join(self.folder, f"model_step_{global_step:08d}.pth")
 
     @property
     def fatal(self) -> str:

@@ -98,21 +98,20 @@ class Worker:
     device: torch.device
     board: Any
     paused: bool = False
-    """Asked to pause: the epoch was finished and saved, and no other is begun."""
+    """Asked to pause: the state was saved, and no further step is done."""
     _pending: list[Tensor] = field(default_factory=list)
     _last_report: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         spec = self.task.spec
-        if spec.train.seed >= 0:
-            torch.manual_seed(spec.train.seed)  # the same weights on every rank
+        torch.manual_seed(self.task.seed)  # the same weights on every rank
         model = initial_model(self.task)
         self.stepper = Stepper(spec, model, self.device, self.task.workers)
         self.state = checkpoints.resume(self.task, self.stepper.strategy, self.stepper.optimizer, self.stepper.scaler)
         self.data = training_set(self.task)
         self.sampler = OffsetSampler(
             len(self.data),
-            seed=max(spec.train.seed, 0),
+            seed=self.task.seed,
             rank=self.rank,
             workers=self.task.workers,
             batch_size=spec.train.batch_size * spec.train.accum_grad_batches,
@@ -130,35 +129,53 @@ class Worker:
         return -(-len(self.data) // self.global_batch)
 
     def run_epoch(self) -> None:
-        """One pass over the boxes, then checkpoint and validation if they are due."""
-        train, epoch = self.task.spec.train, self.state.epoch
+        """What is left of an epoch, then checkpoint and validation if they are due; less if a pause is asked for."""
+        epoch = self.state.epoch
         self.stepper.model.train()
-        for step, batches in enumerate(self._batches(epoch)):
+        for step, batches in self._batches():
             self._pending.append(self.stepper.step(batches, Moment(epoch, step, self.steps_per_epoch)))
             self.state.global_step += 1
-            if self._report_is_due():
-                self._share_losses(epoch)
-        self._share_losses(epoch)
-        self.state.epoch += 1
+            self.state.offset += self.global_batch
+            if self._after_step() and self.state.offset < len(self.data):
+                return
+        self._share_losses()
+        self.state.epoch, self.state.offset = epoch + 1, 0
+        train = self.task.spec.train
         last = self.state.epoch == train.num_epochs
         validated = self.task.val_index is not None and (last or self.state.epoch % train.validation_interval == 0)
         if validated:
             self.state.scores = validate(self.task, self.stepper, self.rank, self.events, self.state.global_step)
-        self.paused = self._pause_asked()
-        if last or self.paused or self.state.epoch % train.checkpoint_interval == 0:
-            s = self.stepper
-            checkpoints.save(self.task, s.strategy, s.optimizer, s.scaler, self.state, self.rank)
+        by_epoch = train.checkpoint_interval_unit == "epoch"
+        if last or self.paused or (by_epoch and self.state.epoch % train.checkpoint_interval == 0):
+            self._save()
         self._note_epoch(epoch, self.state.scores if validated else {})
 
-    def _batches(self, epoch: int) -> Iterator[list[Batch]]:
-        """This rank's batches of an epoch, grouped by optimiser step."""
-        self.sampler.set_position(epoch)
+    def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
+        """This rank's batches of what is left of the epoch, grouped by optimiser step, with the step's number in it."""
+        self.sampler.set_position(self.state.epoch, self.state.offset)
+        step = self.state.offset // self.global_batch
         group: list[Batch] = []
         for batch in self.loader:
             group.append(batch)
             if len(group) == self.task.spec.train.accum_grad_batches:
-                yield group
-                group = []
+                yield step, group
+                step, group = step + 1, []
+
+    def _after_step(self) -> bool:
+        """Report, save or pause, if it is time; returns whether training is to pause. All ranks do the same."""
+        train, step = self.task.spec.train, self.state.global_step
+        if self._report_is_due():
+            self._share_losses()
+            self.paused = self._pause_asked()
+        by_step = train.checkpoint_interval_unit == "step" and step % train.checkpoint_interval == 0
+        if (self.paused or by_step) and self.state.offset < len(self.data):
+            self._share_losses()  # a loss that is not finite must not be saved
+            self._save()
+        return self.paused
+
+    def _save(self) -> None:
+        s = self.stepper
+        checkpoints.save(self.task, s.strategy, s.optimizer, s.scaler, self.state, self.rank)
 
     def _loader(self) -> DataLoader[Any]:
         """Decodes, crops and augments in processes of its own, which live as long as the worker."""
@@ -193,7 +210,7 @@ class Worker:
             dist.broadcast(due, src=0)
         return bool(due.item())
 
-    def _share_losses(self, epoch: int) -> None:
+    def _share_losses(self) -> None:
         """Average the losses of the steps since the last time over all ranks, check and record them.
 
         Raises:
@@ -211,8 +228,8 @@ class Worker:
         if len(bad):
             step = first + int(bad[0])
             raise NonFiniteLossError(
-                f"the loss of step {step} (epoch {epoch}) is {values[bad[0]][0][0]:g}: training stopped, checkpoints "
-                "before it are intact. Lower train.lr, or set train.use_amp=false"
+                f"the loss of step {step} (epoch {self.state.epoch}) is {values[bad[0]][0][0]:g}: training stopped, "
+                "checkpoints before it are intact. Lower train.lr, or set train.use_amp=false"
             )
         self._pending, self._last_report = [], time.monotonic()
         self.state.loss = float(values[:, 0].mean())
@@ -246,7 +263,7 @@ def training_set(task: TrainTask) -> TrainingSet:
         image_folder=storage.absolute(spec.dataset.train_img_dir or ""),
         crop_size=spec.dataset.crop_size,
         margin_rate=spec.train.margin_rate,
-        seed=max(spec.train.seed, 0),
+        seed=task.seed,
         max_image_pixels=spec.dataset.max_image_pixels,
     )
 

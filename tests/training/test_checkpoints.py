@@ -13,7 +13,7 @@ from mal import storage
 from mal.errors import CheckpointError
 from mal.model.safe_loading import load_pickle
 from mal.training import checkpoints
-from mal.training.checkpoints import TrainingState, epochs_done, resume, save
+from mal.training.checkpoints import TrainingState, progress, resume, save
 from mal.training.step import Moment, Stepper
 
 
@@ -49,7 +49,7 @@ def test_everything_comes_back(train_task):
 
 def test_an_empty_folder_starts_from_the_beginning(train_task):
     _, state = _resumed(train_task())
-    assert state.epoch == state.global_step == epochs_done(train_task()) == 0
+    assert (state.epoch, state.global_step) == progress(train_task()) == (0, 0)
 
 
 def test_a_half_written_latest_is_passed_over_with_a_warning(train_task):
@@ -79,7 +79,7 @@ def test_another_model_is_refused_but_other_training_keys_are_not(train_task):
     _, state = _resumed(train_task("train.num_epochs=50", "train.lr=1e-7", "model.teacher_momentum=0.9"))
     assert state.epoch == 1
     with pytest.raises(CheckpointError, match=r"mask_scale_ratio_pre: 1\.0 there, 2\.0 in the spec"):
-        epochs_done(train_task("model.mask_scale_ratio_pre=2"))
+        progress(train_task("model.mask_scale_ratio_pre=2"))
 
 
 def test_weights_alone_are_no_training_checkpoint(train_task, tmp_path):
@@ -87,7 +87,7 @@ def test_weights_alone_are_no_training_checkpoint(train_task, tmp_path):
     torch.save({"state_dict": {}}, path)
     task = train_task(f"train.resume_training_checkpoint_path={path}")
     with pytest.raises(CheckpointError, match=r"train\.pretrained_model_path"):
-        epochs_done(task)
+        progress(task)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_intact(train_task, monkeypatch):
@@ -123,7 +123,35 @@ def test_encrypted_checkpoints_resume_with_their_key_alone(train_task, monkeypat
     assert _resumed(locked)[1].epoch == 1
     wrong = dataclasses.replace(task, spec=dataclasses.replace(task.spec, encryption_key="open rye"))
     with pytest.raises(CheckpointError, match="the key is wrong"):
-        epochs_done(wrong)
+        progress(wrong)
     with pytest.raises(CheckpointError, match="MAL_ENCRYPTION_KEY"):
-        epochs_done(task)
+        progress(task)
     assert "sesame" not in repr(locked)
+
+
+def test_checkpoints_within_an_epoch_are_gone_on_from_and_cleared_away(train_task):
+    task = train_task()
+    stepper = _saved(task, 1)
+    for step in (11, 12, 13):
+        state = TrainingState(epoch=1, offset=2 * (step - 10), global_step=step)
+        save(task, stepper.strategy, stepper.optimizer, stepper.scaler, state, rank=0)
+    assert progress(task) == (1, 6)
+    kept = [name for name in storage.list_files(task.folder) if "step" in name]
+    assert kept == ["model_step_00000012.pth", "model_step_00000013.pth"]
+    for path in (task.latest, task.step_path(13)):
+        storage.write_bytes(path, b"half")
+    with pytest.warns(UserWarning, match="Going on from the checkpoint before it"):
+        assert progress(task) == (1, 4)
+    state = TrainingState(epoch=2, global_step=20)
+    save(task, stepper.strategy, stepper.optimizer, stepper.scaler, state, rank=0)
+    assert not [name for name in storage.list_files(task.folder) if "step" in name]
+    assert progress(task) == (2, 0)
+
+
+def test_checkpoints_that_all_cannot_be_read_stop_training(train_task):
+    task = train_task()
+    _saved(task, 1)
+    for path in (task.latest, task.epoch_path(0)):
+        storage.write_bytes(path, b"nothing of use")
+    with pytest.raises(CheckpointError):
+        progress(task)

@@ -1,0 +1,110 @@
+"""The epochs of one worker, without Ray: what is interrupted goes on as if it had not been."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_training import TINY
+
+from mal.data.index import build_index
+from mal.data.scenes import write_scenes
+from mal.errors import NonFiniteLossError
+from mal.run import pause
+from mal.spec.load import load_spec
+from mal.training.task import TrainTask
+from mal.training.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    paths = write_scenes(str(folder), images=5, seed=4, size=(160, 120))
+    build_index(paths.annotations, str(folder / "index"))
+    return paths, str(folder / "index")
+
+
+@pytest.fixture
+def make_worker(scenes, tmp_path):
+    paths, index = scenes
+
+    def make(folder: str, *overrides: str) -> Worker:
+        data = [f"dataset.train_img_dir={paths.images}", "dataset.min_obj_size=100", "dataset.num_workers_per_gpu=0"]
+        spec = load_spec(None, [*TINY, *data, "train.num_epochs=2", "train.batch_size=4", *overrides])
+        task = TrainTask(spec, str(tmp_path / folder), index, None, 1, False)
+        return Worker(task, 0, torch.device("cpu"), None)
+
+    return make
+
+
+def _finish(worker: Worker) -> dict[str, torch.Tensor]:
+    while worker.state.epoch < 2 and not worker.paused:
+        worker.run_epoch()
+    worker.close()
+    return worker.stepper.model.state_dict()
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL."""
+
+
+def test_a_run_killed_within_an_epoch_ends_with_the_same_weights(make_worker, monkeypatch):
+    by_step = ["train.checkpoint_interval_unit=step", "train.checkpoint_interval=2"]
+    whole = _finish(make_worker("whole", *by_step))
+    first = make_worker("killed", *by_step)
+    steps = first.steps_per_epoch
+    assert steps >= 5
+    calls = []
+    step = first.stepper.step
+
+    def until_killed(*arguments):
+        calls.append(1)
+        if len(calls) == steps + 4:
+            raise Killed
+        return step(*arguments)
+
+    monkeypatch.setattr(first.stepper, "step", until_killed)
+    with pytest.raises(Killed):
+        _finish(first)
+    again = make_worker("killed", *by_step)
+    assert (again.state.epoch, again.state.offset) == (1, 4 * (3 if steps % 2 else 2))
+    for name, tensor in _finish(again).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_pause_saves_within_the_epoch_and_the_rest_is_done_later(make_worker, monkeypatch):
+    monkeypatch.setattr("mal.training.worker.REPORT_SECONDS", -1.0)
+    whole = _finish(make_worker("whole"))
+    worker = make_worker("paused")
+    pause.ask(worker.task.folder)
+    _finish(worker)
+    assert worker.paused
+    assert (worker.state.epoch, worker.state.global_step) == (0, 1)
+    pause.forget_earlier(worker.task.folder)
+    again = make_worker("paused")
+    assert again.state.offset == 4
+    for name, tensor in _finish(again).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_what_is_left_of_an_epoch_is_what_was_not_done(make_worker):
+    worker = make_worker("run")
+    everything = [i for _, group in worker._batches() for batch in group for i in batch["id"].tolist()]
+    worker.state.offset = 8
+    left = [i for _, group in worker._batches() for batch in group for i in batch["id"].tolist()]
+    worker.close()
+    assert left == everything[8:]
+    assert len(set(everything)) == len(worker.data)
+
+
+def test_a_loss_that_is_not_finite_stops_training_naming_the_step(make_worker, monkeypatch):
+    worker = make_worker("nan")
+    step = worker.stepper.step
+
+    def broken(batches, moment):
+        loss = step(batches, moment)
+        return loss * float("nan") if moment.step == 3 else loss
+
+    monkeypatch.setattr(worker.stepper, "step", broken)
+    with pytest.raises(NonFiniteLossError, match=r"the loss of step 3 \(epoch 0\) is nan"):
+        _finish(worker)
+    worker.close()
