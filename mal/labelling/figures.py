@@ -68,13 +68,18 @@ class LabellingFigures:
 
 
 class RayMetrics:
-    """Gauges of Ray that show `LabellingFigures`. Needs a connection to Ray."""
+    """Gauges of Ray that show the figures of a run. Needs a connection to Ray.
 
-    def __init__(self, run: str) -> None:
+    Args:
+        run: the run's folder, the tag of its figures.
+        metrics: name -> meaning.
+    """
+
+    def __init__(self, run: str, metrics: Mapping[str, str] = METRICS) -> None:
         from ray.util.metrics import Gauge
 
         self._tags = {"run": run}
-        self._gauges = {name: Gauge(f"mal_{name}", text, tag_keys=("run",)) for name, text in METRICS.items()}
+        self._gauges = {name: Gauge(f"mal_{name}", text, tag_keys=("run",)) for name, text in metrics.items()}
 
     def show(self, values: Mapping[str, float]) -> None:
         """Set them; a value that is not known is left as it was."""

@@ -17,6 +17,7 @@ from mal import storage
 from mal.data.index import build_index
 from mal.data.training_set import load_training_boxes
 from mal.errors import MalError, TrainingError
+from mal.labelling.figures import RayMetrics
 from mal.run import pause
 from mal.run.cluster import Cluster, connected
 from mal.run.progress import ProgressLine
@@ -28,6 +29,7 @@ from mal.spec.derived import results_dir, train_workers
 from mal.spec.schema import Spec
 from mal.training.board import NAME, Board
 from mal.training.checkpoints import progress
+from mal.training.figures import METRICS, figures, of_validation
 from mal.training.task import TrainTask
 from mal.training.worker import train_worker
 
@@ -155,6 +157,7 @@ def _progress(task: TrainTask, boxes: int, epochs: int, samples: int, status: St
     per_epoch = -(-boxes // batch) * batch
     total, already = per_epoch * train.num_epochs, per_epoch * epochs + samples
     stop = threading.Event()
+    metrics = RayMetrics(task.folder, METRICS)
     with ProgressLine("training", total, "boxes", already=already) as line:
 
         def show() -> None:
@@ -163,8 +166,10 @@ def _progress(task: TrainTask, boxes: int, epochs: int, samples: int, status: St
                 for note in ray.get(board.take.remote()):
                     if note["kind"] == "steps":
                         line.advance(note["boxes"], f"loss {note['loss']:.4f}")
+                        metrics.show(figures(already + line.rate.done, per_epoch, line.rate.now, note["loss"]))
                     else:
                         status.write("RUNNING", note["message"], note["kpi"])
+                        metrics.show(of_validation(note["kpi"]))
                         print(note["message"], flush=True)
                 if last:
                     return
