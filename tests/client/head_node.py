@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 120
 
@@ -26,6 +28,8 @@ class Head:
     token_file: Path
     folder: Path
     """Ray's own: logs, sessions."""
+    gcs: str
+    """What a driver on this machine connects to."""
 
     @property
     def token(self) -> str:
@@ -51,8 +55,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def head_node(folder: Path, cpus: int = 4) -> Iterator[Head]:
-    """A running head. ``folder`` must be short: Ray's sockets are in it."""
+def head_node(folder: Path, cpus: int = 4, node_types: dict[str, Any] | None = None) -> Iterator[Head]:
+    """A running head. ``folder`` must be short: Ray's sockets are in it.
+
+    ``node_types``: what its autoscaler can bring, as further raylets on this machine with made-up resources.
+    """
     token_file = folder / "token"
     token_file.write_text(secrets.token_hex(32))
     gcs, dashboard, agent, client, metrics = _free_ports(5)
@@ -69,20 +76,53 @@ def head_node(folder: Path, cpus: int = 4) -> Iterator[Head]:
         *(f"--metrics-export-port={metrics}", f"--num-cpus={cpus}", "--object-store-memory=200000000"),
         "--disable-usage-stats",
     ]
+    if node_types is not None:
+        config = folder / "autoscaling.json"
+        config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", node_types)))
+        command += [f"--autoscaling-config={config}", "--node-ip-address=127.0.0.1"]
+        environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        head = Head(f"http://127.0.0.1:{dashboard}", token_file, folder)
+        head = Head(f"http://127.0.0.1:{dashboard}", token_file, folder, f"127.0.0.1:{gcs}")
         _wait_until_up(head, process)
         yield head
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
+            process.wait(timeout=5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _autoscaling(gcs: str, node_types: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of Ray's autoscaler with the provider that fakes nodes."""
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    lists = ("setup_commands", "initialization_commands", "head_setup_commands", "worker_setup_commands")
+    commands = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude")
+    return {
+        "cluster_name": "fake",
+        "max_workers": sum(kind["max_workers"] for kind in node_types.values()),
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.15,
+        "docker": {},
+        "auth": {"ssh_user": "nobody"},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": gcs,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {"ray.head.default": head, **node_types},
+        "head_node_type": "ray.head.default",
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "rsync_filter": [],
+        **{name: [] for name in (*lists, *commands)},
+    }
 
 
 def _wait_until_up(head: Head, process: subprocess.Popen[bytes]) -> None:

@@ -24,7 +24,7 @@ from mal.spec.load import load_spec
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SMALL = [
-    "dataset.crop_size=64",
+    "dataset.crop_size=128",
     "model.arch=vit-deit-tiny/16",
     "model.mask_head_hidden_channel=16",
     "model.mask_head_out_channel=16",
@@ -72,7 +72,7 @@ def boxes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boxes")
     paths = write_scenes(str(folder), images=80, seed=6, size=(160, 120))
     torch.manual_seed(1)
-    network = build_network(load_spec(None, SMALL).model, crop_size=64)
+    network = build_network(load_spec(None, SMALL).model, crop_size=128)
     torch.save(network.state_dict(), folder / "network.pth")
     inputs = [f"inference.ann_path={paths.annotations}", f"inference.img_dir={paths.images}"]
     return [*inputs, f"inference.checkpoint={folder}/network.pth", *SMALL]
