@@ -17,6 +17,7 @@ FLOORS: dict[str, int] = {
     "data": 2,
     "model": 2,
     "run": 2,
+    "pasting": 2,
     "predictor": 3,
     "pictures": 3,
     "labelling": 4,

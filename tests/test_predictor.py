@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from mal import boxes, crops, masks, predictor
+from mal import boxes, crops, masks, pasting, predictor
 from mal.boxes import Box
 from mal.errors import SpecError
+from mal.model.losses import MeanFieldOptions
 from mal.predictor import IMAGENET_MEAN, IMAGENET_STD, BoxItem, Predictor
 
 SIZE = 64
@@ -126,11 +127,61 @@ def test_agreement_of_opinions() -> None:
     assert other.agreement == pytest.approx(0.0, abs=1e-3)
 
 
+def test_further_windows_are_averaged() -> None:
+    """Each window's probabilities, at the box's pixels; then one threshold."""
+    item = BoxItem(photograph(90, 120), Box(33.3, 25.5, 80.2, 70.9))
+    options = {"crop_size": SIZE, "mask_threshold": (0.5,)}
+    several = Predictor(Brightness(), margin_rate=(0.6, 0.6), more_margins=(0.0, 1.5), **options)
+    (result,) = several.predict([item])
+    expected = []
+    for margin in (0.6, 0.0, 1.5):
+        one = Predictor(Brightness(), margin_rate=(margin, margin), **options)
+        logits = one.run(one.prepare([item]))
+        window = boxes.central_window(item.box, (margin, margin))
+        rows, columns = crops.box_mask_axes(window, item.box, 120, 90, SIZE)
+        crop = F.interpolate(logits[:, None], (SIZE, SIZE), mode="bilinear").sigmoid()
+        crop *= torch.from_numpy(rows[:, None] * columns[None, :])
+        whole = torch.zeros(300, 300)  # windows leave the image
+        pasted = F.interpolate(crop, (window.height, window.width), mode="bilinear")[0, 0]
+        whole[100 + window.y0 : 100 + window.y1, 100 + window.x0 : 100 + window.x1] = pasted
+        expected.append(whole[100:190, 100:220])
+    mean = torch.stack(expected).mean(0).numpy()
+    pixels = boxes.outer_pixels(item.box, 120, 90)
+    inside = np.zeros((90, 120), dtype=bool)
+    inside[pixels.y0 : pixels.y1, pixels.x0 : pixels.x1] = True
+    got = masks.decode(result.counts, 90, 120).astype(bool)
+    borderline = np.abs(mean - 0.5) < 1e-4
+    assert 0 < got.sum() < inside.sum()
+    np.testing.assert_array_equal(got[~borderline], ((mean > 0.5) & inside)[~borderline])
+    (alone,) = Predictor(Brightness(), **options).predict([item])
+    assert alone.counts != result.counts
+
+
+def test_the_mean_field_moves_a_mask_to_the_edge() -> None:
+    """A mask that lies beside a bright square by two pixels lies better on it after refinement."""
+    image = np.full((64, 64, 3), 40, dtype=np.uint8)
+    image[16:48, 16:48] = 220
+    item = BoxItem(image, Box(0, 0, 63, 63))  # its window is the image: a crop's pixel is an image's
+    logits = torch.full((64, 64), -0.5)
+    logits[18:50, 18:50] = 1.5
+    options = {"crop_size": 64, "mask_threshold": (0.5,), "margin_rate": (0.0, 0.0)}
+    truth = np.zeros((64, 64), dtype=bool)
+    truth[16:48, 16:48] = True
+
+    def agreement_with_truth(**more: object) -> float:
+        (result,) = Predictor(Fixed(logits), **options, **more).predict([item])
+        got = masks.decode(result.counts, 64, 64).astype(bool)
+        return float((got & truth).sum() / (got | truth).sum())
+
+    assert agreement_with_truth() < 0.8
+    assert agreement_with_truth(crf=MeanFieldOptions(kernel_size=3, zeta=0.3, iterations=200)) > 0.95
+
+
 def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     item = BoxItem(photograph(90, 120), Box(3.3, 5.5, 110.2, 80.9))
     predict = Predictor(Brightness(), crop_size=SIZE).predict
     (whole,) = predict([item])
-    monkeypatch.setattr(predictor, "STRIP_PIXELS", 100)
+    monkeypatch.setattr(pasting, "STRIP_PIXELS", 100)
     (strips,) = predict([item])
     assert (strips.counts, strips.area) == (whole.counts, whole.area)
     assert strips.mean_probability == pytest.approx(whole.mean_probability, rel=1e-6)

@@ -117,6 +117,8 @@ def _run_name(spec: Spec) -> str:
         "teacher": pool.use_teacher_test,
         "mixed": pool.use_mixed_model_test,
         "flip": pool.use_flip_test,
+        "crf": pool.use_crf_test,
+        "margins" + "_".join(f"{margin:g}" for margin in pool.test_margins or ()): pool.test_margins is not None,
         "filled": pool.fill_holes,
         "largest": pool.largest_component,
         f"from{pool.min_component_area}px": pool.min_component_area > 0,

@@ -240,7 +240,9 @@ def load_predictor(task: LabelTask) -> Predictor:
         crop_size=task.crop_size,
         mask_threshold=task.mask_thres,
         margin_rate=task.margin_rate,
+        more_margins=task.more_margins,
         device=device,
         precision=compute_name(task.precision, device),
         flip=task.use_flip,
+        crf=task.crf,
     )

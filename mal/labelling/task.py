@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import secrets
@@ -10,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mal import storage
+from mal.model.losses import MeanFieldOptions
 from mal.postprocess import NO_CLEANING, Cleaning
 from mal.quality import Calibration, load_calibration
 from mal.spec.load import spec_to_values
-from mal.spec.schema import ModelSpec, PoolSpec, Spec
+from mal.spec.schema import ModelSpec, PoolSpec, Spec, TrainSpec
 
 _S3_VARIABLES = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
@@ -52,6 +54,10 @@ class LabelTask:
     """Which run of the command this is; see `mal.labelling.attempts`."""
     environment: Mapping[str, str] = field(repr=False)
     """Access to the object store, as this process has it. Not in Ray's runtime environment, which ends up in logs."""
+    more_margins: tuple[float, ...] = ()
+    """Of further windows around every box."""
+    crf: MeanFieldOptions | None = None
+    """How masks are refined; None: not at all."""
     cleaning: Cleaning = NO_CLEANING
     """What is done to every mask."""
     encryption_key: str | None = field(default=None, repr=False)
@@ -121,9 +127,21 @@ def make_task(
         results_dir=results_dir or folder,
         run=secrets.token_hex(4),
         environment=storage_environment(),
+        more_margins=pool.test_margins or (),
+        crf=_crf(spec.train) if pool.use_crf_test else None,
         cleaning=Cleaning(pool.fill_holes, pool.largest_component, pool.min_component_area),
         encryption_key=spec.encryption_key,
         calibration=_calibration(pool.quality_path),
+    )
+
+
+def _crf(train: TrainSpec) -> MeanFieldOptions:
+    return MeanFieldOptions(
+        kernel_size=train.crf_kernel_size,
+        zeta=train.crf_zeta,
+        iterations=train.crf_num_iter,
+        low=train.crf_value_low_thres,
+        high=train.crf_value_high_thres,
     )
 
 
@@ -167,6 +185,8 @@ def result_keys(spec: Spec, pool: PoolSpec, *, input_fingerprint: str, model_id:
         "use_teacher_test": pool.use_teacher_test,
         "use_mixed_model_test": pool.use_mixed_model_test,
         "use_flip_test": pool.use_flip_test,
+        "use_crf_test": pool.use_crf_test and dataclasses.asdict(_crf(spec.train)),
+        "test_margins": pool.test_margins,
         "fill_holes": pool.fill_holes,
         "largest_component": pool.largest_component,
         "min_component_area": pool.min_component_area,

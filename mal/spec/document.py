@@ -58,7 +58,7 @@ def _type(hint: Any, bounds: Any) -> str:
     names = {bool: "bool", int: "int", float: "float", str: "text"}
     if typing.get_origin(hint) is tuple:
         return f"list of {names[typing.get_args(hint)[0]]}"
-    return names.get(hint) or names[next(a for a in typing.get_args(hint) if a is not type(None))]
+    return names.get(hint) or _type(next(a for a in typing.get_args(hint) if a is not type(None)), {})
 
 
 def _shown(default: Any) -> str:

@@ -163,6 +163,8 @@ def _type_name(hint: Any) -> str:
 
 def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> str | None:
     """What is wrong with ``value`` by the bounds of `mal.spec.schema.key`, or None."""
+    if value is None:
+        return None
     if isinstance(value, tuple):
         if "length" in bounds and len(value) != bounds["length"]:
             return f"it must be a list of {bounds['length']}"

@@ -204,6 +204,10 @@ class PoolSpec:
     """Use the mean of the student's and the teacher's logits."""
     use_flip_test: bool = False
     """Use the mean of the logits of the image and of its mirror image."""
+    use_crf_test: bool = False
+    """Refine the masks along colour edges by the mean field, with the settings train.crf_*."""
+    test_margins: tuple[float, ...] | None = key(None, low=0)
+    """Margins of further windows around every box; their probabilities and the first window's are averaged."""
     fill_holes: bool = False
     """Fill the holes of every mask."""
     largest_component: bool = False

@@ -73,11 +73,14 @@ def test_masks_for_a_detectors_boxes_carry_its_scores(detector, ray_here, capsys
 
 def test_average_precision_of_a_detectors_boxes(detector, ray_here, capsys):
     folder, _, _, arguments = detector
-    assert main(["evaluate", *arguments, f"evaluate.detections_path={folder}/results.json"]) == 0
+    options = ["evaluate.use_crf_test=true", "train.crf_num_iter=5", "evaluate.test_margins=[0.2,1]"]
+    assert main(["evaluate", *arguments, f"evaluate.detections_path={folder}/results.json", *options]) == 0
     found = json.loads((folder / "results/evaluate/metrics.json").read_text())["average_precision"]
     assert found["bbox"]["AP"] == pytest.approx(1.0, abs=0.01)  # its boxes are the true ones
     assert 0 <= found["segm"]["AP"] < 1
     assert "AP75" in capsys.readouterr().out
+    (run,) = (folder / "results/evaluate/runs").iterdir()
+    assert "-crf-margins0.2_1-" in run.name
 
 
 def test_evaluation_calibrates_quality_and_inference_uses_it(detector, ray_here, capsys):
