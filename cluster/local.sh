@@ -33,9 +33,14 @@ start() {
   node head --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
     --dashboard-agent-listen-port=$((port + 2)) --ray-client-server-port=$((port + 3)) \
     --temp-dir="$folder/ray" --disable-usage-stats
-  for ((tries = 0; tries < 120; tries++)); do
-    if ray list jobs --address="http://127.0.0.1:$((port + 1))" > /dev/null 2>&1; then
+  for ((tries = 0; ; tries++)); do
+    if python -c "import socket; socket.create_connection(('127.0.0.1', $((port + 1))), 1)" 2> /dev/null; then
       break
+    fi
+    if ((tries == 120)) || ! kill -0 "$(head -n 1 "$folder/pids")" 2> /dev/null; then
+      echo "the head did not start: $folder/head.log" >&2
+      stop
+      exit 1
     fi
     sleep 1
   done

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from mal.errors import ClusterError
 T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_AGENT_SECONDS = 60.0
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
@@ -43,8 +45,18 @@ class JobServer:
             self._client: Any = self._explained(lambda: JobSubmissionClient(self.address))
 
     def submit(self, **job: Any) -> str:
-        """Submit a job; returns its submission id. ``job``: as for `JobSubmissionClient.submit_job`."""
-        return self._explained(lambda: self._client.submit_job(**job))
+        """Submit a job; returns its submission id. ``job``: as for `JobSubmissionClient.submit_job`.
+
+        A head that has only just started has no agent yet that could take the job: that is waited for.
+        """
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                return self._explained(lambda: self._client.submit_job(**job))
+            except ClusterError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def submissions(self) -> list[Any]:
         """Details of every submission that the server knows (`ray.job_submission.JobDetails`)."""
@@ -98,7 +110,8 @@ class JobServer:
             ) from error
         except (RuntimeError, ValueError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise ClusterError(f"{self.address}: the job server refuses: {lines[0]} {lines[-1]}"[:600]) from error
+            reason = " ".join(dict.fromkeys((lines[0], lines[-1])))  # the first says what, the last of a trace why
+            raise ClusterError(f"{self.address}: the job server refuses: {reason}"[:600]) from error
 
 
 async def _next(chunks: Any) -> str | None:

@@ -68,9 +68,9 @@ def _forget_token():
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory):
-    """Overrides that label some four hundred boxes, with a random network."""
+    """Overrides that label some three hundred boxes, with a random network."""
     folder = tmp_path_factory.mktemp("boxes")
-    paths = write_scenes(str(folder), images=80, seed=6, size=(160, 120))
+    paths = write_scenes(str(folder), images=60, seed=6, size=(160, 120))
     torch.manual_seed(1)
     network = build_network(load_spec(None, SMALL).model, crop_size=128)
     torch.save(network.state_dict(), folder / "network.pth")
