@@ -58,3 +58,13 @@ def test_one_death_while_an_image_is_announced_does_not_blame_it(tmp_path):
     account = Attempts.begin(path)
     assert account.deaths == {3: 1}
     assert account.poisoned == []
+
+
+def test_attempts_that_ended_with_their_run_blame_nobody(tmp_path):
+    path = str(tmp_path / "part.json")
+    for run in ("a", "b", "c", "d"):  # the driver is killed again and again
+        account = Attempts.begin(path, run)
+        assert account.attempt == 1
+        account.announce(3)
+    account = Attempts.begin(path, "d")  # and now only an actor
+    assert (account.attempt, account.deaths) == (2, {3: 1})
