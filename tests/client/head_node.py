@@ -45,7 +45,8 @@ class Head:
 def _free_ports(count: int) -> list[int]:
     """Ports outside the range that Ray's workers take."""
     found: list[int] = []
-    for port in range(20100 + os.getpid() % 5000, 32000):
+    # From a random one on: tests of several sessions may look at the same moment.
+    for port in range(20100 + secrets.randbelow(11000), 32700):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             found.append(port)

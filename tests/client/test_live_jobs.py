@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from head_node import head_node
+from ray._raylet import AuthenticationTokenLoader
 
 from mal.cli import main
 from mal.data.scenes import write_scenes
@@ -55,15 +58,7 @@ def here(head, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", head.address)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
-    _forget_token()
-
-
-def _forget_token():
-    """Ray reads the token once per process; tests have several."""
-    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled  # noqa: F401
-    from ray._raylet import AuthenticationTokenLoader
-
-    AuthenticationTokenLoader.instance().reset_cache()
+    AuthenticationTokenLoader.instance().reset_cache()  # another test's head may have had another one
 
 
 @pytest.fixture(scope="module")
@@ -245,21 +240,26 @@ def test_an_unknown_job_is_named(call):
     assert (code, "nobody-1" in err, "list-jobs" in err) == (1, True, True)
 
 
-def test_without_a_token_or_with_a_wrong_one_the_error_says_what_to_set(call, monkeypatch, tmp_path):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    code, out, err = call("list-jobs")
-    assert (code, out) == (1, None)
-    assert "wants a token" in err
-    assert "Set RAY_AUTH_MODE=token" in err
+def _list_jobs(head, **environment):
+    """``mal list-jobs`` in a process of its own: Ray reads mode and token once per process."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment
+    command = [sys.executable, "-m", "mal.cli", "list-jobs", "--address", head.address]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_without_a_token_or_with_a_wrong_one_the_error_says_what_to_set(head, tmp_path):
+    without = _list_jobs(head, RAY_AUTH_MODE="disabled")
+    assert (without.returncode, without.stdout) == (1, "")
+    assert "wants a token" in without.stderr
+    assert "Set RAY_AUTH_MODE=token" in without.stderr
     wrong = tmp_path / "token"
     wrong.write_text("00" * 32)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(wrong))
-    _forget_token()
-    code, out, err = call("list-jobs")
-    assert (code, out) == (1, None)
-    assert "missing or wrong" in err
-    assert "00" * 32 not in err
+    refused = _list_jobs(head, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "missing or wrong" in refused.stderr
+    assert "00" * 32 not in refused.stderr
+    right = _list_jobs(head, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head.token_file))
+    assert right.returncode == 0
 
 
 def test_a_wrong_address_is_named(call):
