@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from head_node import head_node
-from ray._raylet import AuthenticationTokenLoader
 
 from mal.cli import main
 from mal.data.scenes import write_scenes
@@ -58,6 +57,8 @@ def here(head, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", head.address)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
+    from ray._raylet import AuthenticationTokenLoader  # not before: Ray reads the mode when it is imported
+
     AuthenticationTokenLoader.instance().reset_cache()  # another test's head may have had another one
 
 
