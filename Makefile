@@ -1,5 +1,6 @@
 # make demo   render scenes, learn from their boxes, label and show the masks (a few minutes on two CPU cores)
-# make test   the test suite
+# make test   the test suite but for the next
+# make chaos  the tests that kill workers, actors, drivers and nodes
 # make check  lint, format and types
 # make setup  the virtual environment alone
 # Every target sets up .venv by itself the first time and can be run again.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # Spinning OpenMP threads make two busy cores several times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test chaos check format clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -30,8 +31,12 @@ demo: setup
 	$(BIN)/mal demo
 
 test: setup
-	@echo "== tests (those marked chaos, and what needs files or hardware that are absent, say so)"
-	$(BIN)/python -m pytest -q
+	@echo "== tests (what needs files or hardware that are absent is skipped and says so)"
+	$(BIN)/python -m pytest -q -m "not chaos" --durations=15
+
+chaos: setup
+	@echo "== tests that kill workers, actors, drivers and nodes"
+	$(BIN)/python -m pytest -q -m chaos --durations=5
 
 check: setup
 	@echo "== lint, format, types"

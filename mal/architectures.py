@@ -1,4 +1,4 @@
-"""The thirteen architectures of `model.arch` as plain data (REFERENCE section 3). Imports no torch.
+"""The thirteen architectures of `model.arch` as plain data (METHOD section 3). Imports no torch.
 
 Any other backbone with a feature map is built by timm and spelled ``timm/<name>``; `mal.model.timm_backbone` reads its
 width and stride from the model itself.

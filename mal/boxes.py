@@ -71,7 +71,7 @@ def area(box: Box) -> float:
 
 
 def band_index(areas: NDArray[np.float64] | Sequence[float]) -> NDArray[np.int64]:
-    """Band of each box area: 0 small, 1 medium, 2 large. Every area has exactly one band (REFERENCE section 3)."""
+    """Band of each box area: 0 small, 1 medium, 2 large. Every area has exactly one band (METHOD section 3)."""
     borders = [SMALL_UP_TO, MEDIUM_UP_TO]
     return np.digitize(np.asarray(areas, dtype=np.float64), borders, right=True).astype(np.int64)
 
@@ -110,7 +110,7 @@ def train_window(box: Box, margin_rate: Sequence[float], rng: np.random.Generato
 def _window(box: Box, margins: Sequence[float]) -> Window:
     """Grow ``box`` about its centre by ``margins`` (left, top, right, bottom; parts of the half-extent), make it whole.
 
-    One is added on the right and bottom before rounding outwards (paper's code, REFERENCE section 2).
+    One is added on the right and bottom before rounding outwards (paper's code, METHOD section 2).
     """
     centre_x, centre_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
     half_w, half_h = (box.x1 - box.x0) / 2, (box.y1 - box.y0) / 2

@@ -1,6 +1,6 @@
 """Cut a window out of an image, put it back, and resize it: the plain reference on the CPU, used by training as well.
 
-`mal.predictor` does the same in batches on a device and is tested against this module (REFERENCE section 2).
+`mal.predictor` does the same in batches on a device and is tested against this module (METHOD section 2).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mean IoU over classes, counted in a stream: the same numbers for any order and any split of the boxes.
 
-REFERENCE section 5: the IoU of full-image masks, averaged per class, then over the classes present; and the same for
+METHOD section 5: the IoU of full-image masks, averaged per class, then over the classes present; and the same for
 the boxes of each area band.
 """
 

@@ -1,4 +1,4 @@
-"""From logits to masks: the probabilities of a box's pixels, their threshold, the RLE (REFERENCE section 5).
+"""From logits to masks: the probabilities of a box's pixels, their threshold, the RLE (METHOD section 5).
 
 Bilinear to the crop, sigmoid, times box mask, bilinear to the window, threshold: every step for the pixels that the
 box's pixels depend on, and no other. Nothing is the size of the image.

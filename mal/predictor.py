@@ -127,7 +127,7 @@ class Predictor:
         return [result._replace(agreement=a) for result, a in zip(results, agreement(views).tolist(), strict=True)]
 
     def prepare(self, items: Sequence[BoxItem], margin: float | None = None) -> Batch:
-        """Cut, resize and normalise (REFERENCE section 2). Needs no network: may run ahead in other threads.
+        """Cut, resize and normalise (METHOD section 2). Needs no network: may run ahead in other threads.
 
         Windows are cut on the CPU, where that is a view or a short copy, and everything else happens on the device.
         Pixels agree with `mal.crops.resize` within 2/255.
@@ -174,7 +174,7 @@ class Predictor:
 
     @torch.no_grad()
     def finish(self, logits: Tensor, batch: Batch, *views: tuple[Tensor, Batch]) -> list[MaskResult]:
-        """Logits to masks (REFERENCE section 5), cut by the box rounded outwards.
+        """Logits to masks (METHOD section 5), cut by the box rounded outwards.
 
         Args:
             logits: ``[B, h, w]``, what `run` gave for ``batch``.

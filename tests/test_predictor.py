@@ -58,7 +58,7 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def plain_masks(logits: Tensor, item: BoxItem, threshold: float, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """REFERENCE section 5 word by word, with image-sized arrays: the mask, and pixels too close to the threshold."""
+    """METHOD section 5 word by word, with image-sized arrays: the mask, and pixels too close to the threshold."""
     height, width = item.image.shape[:2]
     window = boxes.central_window(item.box)
     crop = F.interpolate(logits[None, None], (size, size), mode="bilinear").sigmoid()

@@ -39,7 +39,7 @@ def flip(
 
 
 def student_view(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Colour jitter, greyscale and Gaussian blur, each with its probability (REFERENCE section 2).
+    """Colour jitter, greyscale and Gaussian blur, each with its probability (METHOD section 2).
 
     Args:
         pixels: RGB ``[S, S, 3]``, left as it is.

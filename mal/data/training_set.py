@@ -27,7 +27,7 @@ from mal.errors import InputError, StorageError
 _LOG = logging.getLogger(__name__)
 
 _THINNEST = 2.0
-"""Sides of this many pixels or fewer are not trained on (REFERENCE section 2)."""
+"""Sides of this many pixels or fewer are not trained on (METHOD section 2)."""
 _CHECKED = range(100, 1000)
 """Samples of a process after which it gives up if most of its images could not be read."""
 

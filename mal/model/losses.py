@@ -1,4 +1,4 @@
-"""The losses that teach masks from boxes: multiple-instance learning and the CRF loss (REFERENCE section 4).
+"""The losses that teach masks from boxes: multiple-instance learning and the CRF loss (METHOD section 4).
 
 Pure functions of tensors. Everything is computed in float32, per box; `box_losses` puts it together.
 """

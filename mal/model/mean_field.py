@@ -1,4 +1,4 @@
-"""Mean-field refinement of masks: snaps a mask to the colour edges of its crop (REFERENCE section 4).
+"""Mean-field refinement of masks: snaps a mask to the colour edges of its crop (METHOD section 4).
 
 For pixel i and each neighbour j of its k x k window: ``K_ij = exp(-|I_i - I_j|^2 / (2 zeta^2))``, 0 outside the image.
 Iterated from the clamped probabilities q: ``m0 = sum_j K_ij * -log(1 - q_j)``, ``m1 = sum_j K_ij * -log(q_j)``,

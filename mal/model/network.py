@@ -1,4 +1,4 @@
-"""The mask network (backbone, box head, mask head) and the student-teacher pair of it (REFERENCE section 3).
+"""The mask network (backbone, box head, mask head) and the student-teacher pair of it (METHOD section 3).
 
     images --backbone--> features --resized for the box's band--> mask head --> mask features \\
                              \\--mean over the map--> box head --> box vector --------------------> dot product: logits
@@ -28,7 +28,7 @@ LOGITS_PER_FEATURE_UNADJUSTED = 8
 
 
 class ModelOptions(Protocol):
-    """The section `model` of a spec, as far as the network reads it (REFERENCE section 6)."""
+    """The section `model` of a spec, as far as the network reads it (METHOD section 6)."""
 
     @property
     def arch(self) -> str: ...

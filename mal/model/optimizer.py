@@ -1,4 +1,4 @@
-"""The optimiser of the student: AdamW, with a choice of what is decayed (REFERENCE section 4)."""
+"""The optimiser of the student: AdamW, with a choice of what is decayed (METHOD section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the epoch (REFERENCE section 4). Plain arithmetic, no torch."""
+"""The learning rate as a function of the epoch (METHOD section 4). Plain arithmetic, no torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every key of a spec file: its type, default, bounds and a line of meaning under each.
 
-The names and defaults of the peers' keys are kept (REFERENCE section 6), so that their spec files load unchanged.
+The names and defaults of the peers' keys are kept (METHOD section 6), so that their spec files load unchanged.
 Nothing is ever written back into a spec; numbers that follow from it are functions of `mal.spec.derived`.
 """
 

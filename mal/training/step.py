@@ -85,7 +85,7 @@ class Stepper:
         return losses
 
     def learning_rate(self, moment: Moment) -> float:
-        """The rate of this step; set before it (REFERENCE section 4)."""
+        """The rate of this step; set before it (METHOD section 4)."""
         train = self.spec.train
         return learning_rate(
             moment.epoch + moment.step / moment.steps_per_epoch,

@@ -18,7 +18,6 @@ import pytest
 import torch
 from head_node import head_node
 
-from mal.cli import main
 from mal.data.scenes import write_scenes
 from mal.model.network import build_network
 from mal.spec.load import load_spec
@@ -57,9 +56,6 @@ def here(head, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", head.address)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
-    from ray._raylet import AuthenticationTokenLoader  # not before: Ray reads the mode when it is imported
-
-    AuthenticationTokenLoader.instance().reset_cache()  # another test's head may have had another one
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +70,19 @@ def boxes(tmp_path_factory):
     return [*inputs, f"inference.checkpoint={folder}/network.pth", *SMALL]
 
 
+def _mal(*arguments, environment=None):
+    """``mal`` in a process of its own: Ray reads mode and token once per process, and other tests use other ones."""
+    command = [sys.executable, "-m", "mal.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
 @pytest.fixture
-def call(here, capsys):
+def call(here):
     """Run a verb; returns exit code, the JSON on stdout (None: nothing there) and stderr."""
 
     def run(*arguments):
-        capsys.readouterr()
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        return code, json.loads(out) if out else None, err
+        ran = _mal(*arguments)
+        return ran.returncode, json.loads(ran.stdout) if ran.stdout else None, ran.stderr
 
     return run
 
@@ -212,15 +212,15 @@ def _check_secrets(head, job: str) -> None:
         assert [where for where, text in texts.items() if secret in text] == []
 
 
-def test_a_failing_job_says_why(call, boxes, tmp_path, capsys):
+def test_a_failing_job_says_why(call, boxes, tmp_path):
     arguments = ["--action", "inference", "--name", "fails", *boxes, f"results_dir={tmp_path}"]
     _, made, _ = call("create-job", *arguments, "inference.ann_path=/nowhere/boxes.json")
     failed = _wait(call, made["id"], ["FAILED"])
     assert failed["exit_code"] == 2
     assert "/nowhere/boxes.json" in failed["message"]
-    capsys.readouterr()
-    assert main(["get-job-logs", "--job-id", made["id"], "--follow"]) == 1
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    followed = _mal("get-job-logs", "--job-id", made["id"], "--follow")
+    assert followed.returncode == 1
+    lines = [json.loads(line) for line in followed.stdout.splitlines()]
     assert any("there is no such file" in line.get("log", "") for line in lines)
     assert lines[-1] == {"status": "FAILED"}
     code, _, err = call("pause-job", "--job-id", made["id"])
@@ -242,10 +242,8 @@ def test_an_unknown_job_is_named(call):
 
 
 def _list_jobs(head, **environment):
-    """``mal list-jobs`` in a process of its own: Ray reads mode and token once per process."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment
-    command = [sys.executable, "-m", "mal.cli", "list-jobs", "--address", head.address]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    return _mal("list-jobs", "--address", head.address, environment=variables)
 
 
 def test_without_a_token_or_with_a_wrong_one_the_error_says_what_to_set(head, tmp_path):

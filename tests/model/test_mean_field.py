@@ -25,7 +25,7 @@ def unfolded(
     low: float,
     high: float,
 ) -> Tensor:
-    """REFERENCE section 4, word by word: every neighbourhood is laid out, and summed."""
+    """METHOD section 4, word by word: every neighbourhood is laid out, and summed."""
     batch, _, height, width = image.shape
     k, window = kernel_size**2, (batch, -1, kernel_size**2, height, width)
     inside = F.unfold(torch.ones_like(image[:, :1]), kernel_size, padding=kernel_size // 2).view(
