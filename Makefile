@@ -1,6 +1,6 @@
 # make demo   render scenes, learn from their boxes, label and show the masks (a few minutes on two CPU cores)
 # make test   the test suite but for the next
-# make chaos  the tests that kill workers, actors, drivers and nodes
+# make chaos  the tests that start clusters, and those that kill workers, actors, drivers and nodes
 # make check  lint, format and types
 # make setup  the virtual environment alone
 # Every target sets up .venv by itself the first time and can be run again.
@@ -32,11 +32,11 @@ demo: setup
 
 test: setup
 	@echo "== tests (what needs files or hardware that are absent is skipped and says so)"
-	$(BIN)/python -m pytest -q -m "not chaos" --durations=15
+	$(BIN)/python -m pytest -q -m "not chaos and not cluster" --durations=15
 
 chaos: setup
-	@echo "== tests that kill workers, actors, drivers and nodes"
-	$(BIN)/python -m pytest -q -m chaos --durations=5
+	@echo "== tests that start clusters, and that kill workers, actors, drivers and nodes"
+	$(BIN)/python -m pytest -q -m "chaos or cluster" --durations=5
 
 check: setup
 	@echo "== lint, format, types"

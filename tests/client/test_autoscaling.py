@@ -21,7 +21,7 @@ from mal.data.scenes import write_scenes
 from mal.model.network import build_network
 from mal.spec.load import load_spec
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 GPU_NODES = 2
 SMALL = [
