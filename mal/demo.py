@@ -27,7 +27,7 @@ TRAIN_SCENES, VAL_SCENES = 400, 48
 TRAIN_SEED, VAL_SEED = 1, 2
 PICTURES = 12
 
-# Found by trying, for learning from scratch within two minutes on two CPU cores; not a recipe for photographs. A
+# Found by trying, for learning from scratch within three minutes on two CPU cores; not a recipe for photographs. A
 # convolutional backbone learns from so little, a ViT stays at the filled box.
 RECIPE: dict[str, Any] = {
     "dataset.crop_size": 96,
