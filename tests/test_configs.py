@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_a_config_loads_and_fits_its_model(path):
     spec = load_spec(str(path))
     assert _contradictions(spec) + _model(spec) == []
     with torch.device("meta"):
-        network = build_network(spec.model, crop_size=spec.dataset.crop_size)
+        network = build_network(dataclasses.replace(spec.model, pretrained=False), crop_size=spec.dataset.crop_size)
     assert spec.dataset.crop_size % network.backbone.stride == 0
 
 
