@@ -13,6 +13,10 @@ from PIL import Image
 
 from mal.boxes import Box, Window
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of red, green and blue, for pixels in [0, 1]: what every backbone's input is normalised by."""
+
 
 def cut(image: NDArray[Any], window: Window) -> NDArray[Any]:
     """The pixels of ``window``; where it leaves the image they wrap around, at any distance.

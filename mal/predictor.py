@@ -20,13 +20,11 @@ from torch import Tensor, nn
 
 from mal import crops
 from mal.boxes import BANDS, Box, area, band_index, central_window, outer_pixels
+from mal.crops import IMAGENET_MEAN, IMAGENET_STD
 from mal.errors import SpecError
 from mal.model.losses import MeanFieldOptions
 from mal.model.refinement import refined_logits
 from mal.pasting import MaskResult, Placement, paste
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

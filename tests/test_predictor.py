@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mal import boxes, crops, masks, pasting, predictor
 from mal.boxes import Box
+from mal.crops import IMAGENET_MEAN, IMAGENET_STD
 from mal.errors import SpecError
 from mal.model.losses import MeanFieldOptions
-from mal.predictor import IMAGENET_MEAN, IMAGENET_STD, BoxItem, Predictor
+from mal.predictor import BoxItem, Predictor
 
 SIZE = 64
 

@@ -12,8 +12,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from mal.crops import IMAGENET_MEAN, IMAGENET_STD
 
 FLIP_PROBABILITY = 0.5
 JITTER_PROBABILITY = 0.5
