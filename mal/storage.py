@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -23,6 +24,8 @@ import pyarrow.fs as pafs
 from mal.errors import StorageError
 
 _REMOTE_ATTEMPTS = 8
+_READ_PAUSES = (0.2, 0.8, 3.2)
+"""Seconds before the next try, beside the client's own tries: those do not cover a response that breaks off."""
 _SPOOL_BYTES = 64 * 2**20
 _PART = ".part"
 """Ending of temporary names; `list_files` does not show them."""
@@ -142,7 +145,18 @@ def open_read(path: str) -> pa.NativeFile:
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole content."""
+    """The whole content. A connection to an object store that breaks while it is read is tried again, with backoff."""
+    for pause in _READ_PAUSES if is_remote(path) else ():
+        try:
+            return _read_once(path)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            time.sleep(pause)
+    return _read_once(path)
+
+
+def _read_once(path: str) -> bytes:
     with open_read(path) as file, _explained(path, "read"):
         return file.read()
 

@@ -61,3 +61,18 @@ def test_append_and_delete(tmp_path):
     storage.delete(path)
     storage.delete(path)
     assert not storage.exists(path)
+
+
+def test_a_response_that_breaks_off_is_asked_for_again(monkeypatch):
+    calls: list[str] = []
+
+    def breaks_twice(path: str) -> bytes:
+        calls.append(path)
+        if len(calls) < 3:
+            raise StorageError(f"{path}: the response broke off")
+        return b"whole"
+
+    monkeypatch.setattr(storage, "_READ_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(storage, "_read_once", breaks_twice)
+    assert storage.read_bytes("s3://bucket/key") == b"whole"
+    assert len(calls) == 3

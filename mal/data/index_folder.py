@@ -144,7 +144,7 @@ def open_index(folder: str) -> Index:
 
 
 def _read_table(path: str, schema: pa.Schema) -> pa.Table:
-    with storage.open_read(path) as source:
+    with pa.BufferReader(storage.read_bytes(path)) as source:
         try:
             return pq.read_table(source).cast(schema)
         except (OSError, pa.ArrowException) as error:

@@ -20,7 +20,7 @@ from mal.inference.launch import run_inference
 from mal.labelling.task import make_task
 from mal.spec.load import load_spec
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SECRET = "a-secret-that-must-not-be-seen-0123456789"
 ENVIRONMENT = {
