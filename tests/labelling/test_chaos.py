@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from labelling_line import ALWAYS_REJECTED, check_account, label_table
 from numpy.typing import NDArray
 
-from conftest import ALWAYS_REJECTED, check_account, label_table  # isort: skip
 from mal.errors import MalError, StorageError
 from mal.inference.launch import run_inference
 from mal.labelling.actor import ShardLabeler

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
+from labelling_line import ALWAYS_REJECTED, Line, check_account, label_table
 
-from conftest import ALWAYS_REJECTED, Line, check_account, label_table  # isort: skip
 from mal import storage
 from mal.errors import RunMismatchError
 from mal.inference.launch import run_inference
