@@ -120,13 +120,6 @@ def exists(path: str) -> bool:
         return filesystem.get_file_info(inner).type != pafs.FileType.NotFound
 
 
-def is_folder(path: str) -> bool:
-    """Whether there is a folder."""
-    filesystem, inner = resolve(path)
-    with _explained(path, "look up"):
-        return filesystem.get_file_info(inner).type == pafs.FileType.Directory
-
-
 def size(path: str) -> int:
     """Bytes of a file. Raises StorageError if there is none."""
     filesystem, inner = resolve(path)

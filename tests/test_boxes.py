@@ -1,0 +1,56 @@
+"""Arithmetic of boxes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mal import boxes
+from mal.boxes import Box, Window
+
+whole = st.integers(-500, 500)
+sides = st.integers(1, 500)
+
+
+@given(whole, whole, sides, sides)
+def test_corners_and_coco_boxes_are_inverse(x, y, w, h):
+    assert boxes.to_xywh(boxes.from_xywh([x, y, w, h])) == [x, y, w, h]
+
+
+@given(whole, whole, sides, sides)
+def test_a_clipped_box_lies_in_its_image_and_is_clipped_once(x, y, w, h):
+    inside = boxes.clip(boxes.from_xywh([x, y, w, h]), 100, 80)
+    if inside is None:
+        assert x >= 100 or y >= 80 or x + w <= 0 or y + h <= 0
+        return
+    assert 0 <= inside.x0 < inside.x1 <= 100
+    assert 0 <= inside.y0 < inside.y1 <= 80
+    assert boxes.clip(inside, 100, 80) == inside
+
+
+def test_every_area_has_one_band_the_borders_the_lower():
+    areas = [0.0, 1024.0, 1024.1, 9216.0, 9216.1, 1e12]
+    assert [boxes.band(a) for a in areas] == ["small", "small", "medium", "medium", "large", "large"]
+
+
+def test_outer_pixels_hold_the_box_and_stay_in_the_image():
+    assert boxes.outer_pixels(Box(1.2, 2.0, 3.4, 5.0), 10, 10) == Window(1, 2, 4, 5)
+    assert boxes.outer_pixels(Box(-3.0, 2.5, 12.0, 5.5), 10, 5) == Window(0, 2, 10, 5)
+
+
+@given(st.integers(0, 2**32), sides, sides)
+def test_a_training_window_holds_its_box_and_keeps_to_its_margins(seed, w, h):
+    box = boxes.from_xywh([50, 60, w, h])
+    window = boxes.train_window(box, (0.0, 1.2), np.random.default_rng(seed))
+    assert window.x0 <= box.x0 < box.x1 < window.x1
+    assert window.width <= w * 2.2 + 3
+    assert window.y0 <= box.y0 < box.y1 < window.y1
+    assert window.height <= h * 2.2 + 3
+
+
+def test_the_central_window_is_1_3_times_the_box():
+    window = boxes.central_window(boxes.from_xywh([100, 100, 200, 100]))
+    assert window == Window(70, 85, 331, 216)
+    assert (window.width, window.height) == pytest.approx((261, 131))
