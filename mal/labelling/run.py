@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mal import storage
+from mal import pretrained, storage
 from mal.data.index import Index, Summary, build_index, fingerprint, open_index
 from mal.data.index_folder import SUMMARY_FILE
 from mal.errors import MalError
@@ -55,7 +55,7 @@ def label_file(
         RunPausedError: the run was asked to pause.
         MalError: whatever stopped the work.
     """
-    assert pool.checkpoint is not None, "checked before"
+    announce(pool)
     keys = run_keys(spec, pool, ann_path, images_path, img_dir, load_mask)
     claim(folder, keys)
     index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
@@ -77,7 +77,7 @@ def label_file(
                 folder=folder,
                 results_dir=storage.parent(status.path),
                 img_dir=img_dir,
-                checkpoint=pool.checkpoint,
+                checkpoint=pool.checkpoint or "",
                 model_id=keys["model"],
                 load_mask=load_mask,
                 gpu=cluster.gpus > 0,
@@ -92,6 +92,12 @@ def label_file(
     storage.delete_leftovers(shards_folder)
     paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
     return LabelledRun(index, paths, seconds, total - done, actors)
+
+
+def announce(pool: PoolSpec) -> None:
+    """Say that the built-in model is used, if it is, and what was measured of it."""
+    if pretrained.is_built_in(pool.checkpoint):
+        print(f"no checkpoint was given: using {pretrained.default_model()}", flush=True)
 
 
 def run_keys(

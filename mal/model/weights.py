@@ -19,7 +19,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from mal import storage
+from mal import pretrained, storage
 from mal.architectures import ARCHITECTURES
 from mal.encryption import opened
 from mal.errors import CheckpointError
@@ -133,13 +133,13 @@ class LoadReport:
 
 
 def read_checkpoint(path: str, key: str | None = None) -> Checkpoint:
-    """Read a file of weights, local or remote, and recognise what it is.
+    """Read a file of weights, local, remote or built in (`mal.pretrained`), and recognise what it is.
 
     Raises:
         StorageError: it cannot be read.
         CheckpointError: it is broken, would run code, or holds no weights.
     """
-    return recognise(opened(storage.read_bytes(path), key, path), path)
+    return recognise(opened(storage.read_bytes(pretrained.located(path)), key, path), path)
 
 
 def recognise(data: bytes, name: str) -> Checkpoint:

@@ -84,6 +84,8 @@ class ModelSpec:
     """Drop-path rate of the backbone, in training."""
     pretrained: bool = False
     """Start from the weights that timm offers for this backbone (needs a network connection)."""
+    strict: bool = True
+    """Refuse checkpoints whose names or shapes are not those of the network; false: load what fits."""
 
 
 @dataclass(frozen=True, slots=True)
