@@ -10,11 +10,12 @@ from mal.data.index import Index, Summary, build_index, fingerprint, open_index
 from mal.data.index_folder import SUMMARY_FILE
 from mal.errors import MalError
 from mal.labelling.actor import ShardLabeler
+from mal.labelling.fit import check_checkpoint
 from mal.labelling.pool import label_all, pool_size
 from mal.labelling.task import attempts_folder, file_fingerprint, make_task, missing_shards, result_keys, shard_name
 from mal.run import pause
 from mal.run.cluster import connected
-from mal.run.manifest import claim
+from mal.run.manifest import begun_with, claim
 from mal.run.status import StatusLog
 from mal.spec.schema import PoolSpec, Spec
 
@@ -52,11 +53,17 @@ def label_file(
 
     Raises:
         RunMismatchError: the folder was begun with another input, model or spec.
+        CheckpointError: the checkpoint does not fit the spec's model.
         RunPausedError: the run was asked to pause.
         MalError: whatever stopped the work.
     """
     announce(pool)
     keys = run_keys(spec, pool, ann_path, images_path, img_dir, load_mask)
+    if not begun_with(folder, keys) and labeler.load is ShardLabeler.load:  # others need not have a network
+        # Before the folder is bound to a spec that a wrong checkpoint would make one correct.
+        recognised = check_checkpoint(spec, pool)
+        status.write("RUNNING", recognised)
+        print(recognised, flush=True)
     claim(folder, keys)
     index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
     total = index.summary.boxes

@@ -161,7 +161,7 @@ def recognise(data: bytes, name: str) -> Checkpoint:
 def load_network(
     network: MalNetwork, checkpoint: Checkpoint, *, which: Which = "student", strict: bool = True
 ) -> LoadReport:
-    """Put the checkpoint's student or teacher into a network.
+    """Put the checkpoint's student or teacher into a network; into one on the meta device, only see whether it fits.
 
     Raises:
         CheckpointError: the file has no such network; or, if ``strict``, names or shapes differ. A wrong architecture
@@ -274,7 +274,8 @@ def _load(module: nn.Module, state: State, checkpoint: Checkpoint, prefix: str, 
     matched = {key: value for key, value in given.items() if key in own and key not in misfits}
     if not matched:
         raise CheckpointError(f"{checkpoint.source}: none of its {len(given)} tensors has a name of this model")
-    module.load_state_dict(matched, strict=False)
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.load_state_dict(matched, strict=False)
     return LoadReport(tuple(matched), tuple(ignored), (*missing, *misfits), (*unexpected, *misfits), tuple(resampled))
 
 
