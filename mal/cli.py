@@ -15,6 +15,7 @@ from mal import __version__
 from mal.client.commands import add_job_commands
 from mal.encryption import ENVIRONMENT as ENCRYPTION_KEY
 from mal.errors import MalError
+from mal.spec.derived import Action
 from mal.spec.schema import Spec
 from mal.tools.commands import add_tool_commands
 
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        task.add_argument("-e", "--experiment_spec", required=True, metavar="SPEC", help="the spec file (YAML)")
+        task.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec file (YAML); else all defaults")
         task.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the spec's")
         task.set_defaults(run=run)
     commands.choices["inference"].add_argument(
@@ -75,30 +76,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(options: argparse.Namespace) -> Spec:
+def _load(options: argparse.Namespace, action: Action) -> Spec:
     from mal.spec.load import load_spec
 
-    spec = load_spec(options.experiment_spec, options.overrides)
+    spec = load_spec(options.experiment_spec, options.overrides, action)
     key = os.environ.get(ENCRYPTION_KEY)
     return dataclasses.replace(spec, encryption_key=key) if key and not spec.encryption_key else spec
 
 
 def _train(options: argparse.Namespace) -> None:
-    spec = _load(options)
+    spec = _load(options, "train")
     from mal.training.launch import run_training
 
     run_training(spec)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    spec = _load(options)
+    spec = _load(options, "evaluate")
     from mal.evaluation.launch import run_evaluation
 
     run_evaluation(spec)
 
 
 def _inference(options: argparse.Namespace) -> None:
-    spec = _load(options)
+    spec = _load(options, "inference")
     if options.dry_run:
         from mal.inference.plan import plan_inference
 

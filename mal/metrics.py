@@ -86,25 +86,37 @@ class MaskScores:
         return scores
 
 
-def format_table(result: Scores, category_names: Mapping[int, str]) -> str:
-    """``result`` as aligned plain text: the means, then one line per class. Figures in per cent."""
-    names = {category_id: category_names.get(category_id, str(category_id)) for category_id in result["per_class"]}
-    means: list[tuple[str, float | None, int]] = [("mIoU", result["mIoU"], result["counts"]["boxes"])]
-    bands = (result["mIoU_small"], result["mIoU_medium"], result["mIoU_large"])
-    means += [(f"mIoU {name}", mean, result["counts"][name]) for name, mean in zip(BANDS, bands, strict=True)]
-    means += [("mean of boxes", result["box_mean_iou"], result["counts"]["boxes"])]
-    classes = [(names[category_id], score["iou"], score["count"]) for category_id, score in result["per_class"].items()]
+def format_table(columns: Mapping[str, Scores], category_names: Mapping[int, str]) -> str:
+    """Scores of the same boxes as aligned plain text: the means, then one line per class. Figures in per cent.
+
+    Args:
+        columns: heading -> scores, such as those of masks and of their boundaries.
+    """
+    results = list(columns.values())
+    counts, per_class = results[0]["counts"], results[0]["per_class"]
+    names = {category_id: category_names.get(category_id, str(category_id)) for category_id in per_class}
+    means: list[tuple[str, list[float | None], int]] = [("mIoU", [r["mIoU"] for r in results], counts["boxes"])]
+    means += [
+        ("mIoU small", [r["mIoU_small"] for r in results], counts["small"]),
+        ("mIoU medium", [r["mIoU_medium"] for r in results], counts["medium"]),
+        ("mIoU large", [r["mIoU_large"] for r in results], counts["large"]),
+        ("mean of boxes", [r["box_mean_iou"] for r in results], counts["boxes"]),
+    ]
+    classes: list[tuple[str, list[float | None], int]] = [
+        (names[category], [r["per_class"][category]["iou"] for r in results], score["count"])
+        for category, score in per_class.items()
+    ]
     width = max(map(len, ["mean of boxes", *names.values()]))
-    rule = "-" * (width + 18)
-    lines = [f"{'':{width}}  {'IoU %':>6}  {'boxes':>8}", rule]
-    lines += [_line(*row, width) for row in means]
+    heads = "".join(f"  {head:>10}" for head in columns)
+    rule = "-" * (width + len(heads) + 10)
+    lines = [f"{'':{width}}{heads}  {'boxes':>8}", rule, *(_line(*row, width) for row in means)]
     lines += [rule, *(_line(*row, width) for row in classes)] if classes else []
     return "\n".join(lines)
 
 
-def _line(name: str, iou: float | None, count: int, width: int) -> str:
-    figure = "-" if iou is None else f"{100 * iou:.2f}"
-    return f"{name:{width}}  {figure:>6}  {count:>8}"
+def _line(name: str, ious: Sequence[float | None], count: int, width: int) -> str:
+    figures = "".join(f"  {'-' if iou is None else f'{100 * iou:.2f}':>10}" for iou in ious)
+    return f"{name:{width}}{figures}  {count:>8}"
 
 
 def _mean(per_class: Mapping[int, ClassScore]) -> float | None:

@@ -55,6 +55,7 @@ LABELS = pa.schema(
         pa.field("counts", pa.string()),  # compressed COCO RLE of the image-sized mask; null if rejected
         pa.field("area", pa.int64()),  # mask pixels
         pa.field("iou", pa.float64()),  # with the input's mask, when masks are loaded
+        pa.field("boundary_iou", pa.float64()),  # the same of what is near the outlines (`mal.masks.boundary_iou`)
         pa.field("quality", pa.float32()),  # our estimate of the mask's IoU, 0..1 (`mal.quality`)
         pa.field("mean_probability", pa.float32()),  # what the estimate is made of: `mal.quality.Evidence`
         pa.field("stability", pa.float32()),

@@ -12,6 +12,11 @@ from pathlib import Path
 from mal.spec.document import markdown
 
 ROOT = Path(__file__).parents[1]
+_WITHOUT_WORDS = {
+    "default.safetensors": "The built-in model's weights",
+    "default.json": "Its name, the settings it needs, and what was measured of it",
+    "quality.json": "The calibration of its masks' quality",
+}
 SHOWN = ("mal", "jobs", "cluster", "configs", "benchmarks")
 
 
@@ -23,7 +28,9 @@ def _files() -> list[str]:
 
 
 def role(path: Path) -> str:
-    """What a file is for, from its own first sentence."""
+    """What a file is for, from its own first sentence; of files without sentences, from their names."""
+    if path.suffix in (".json", ".safetensors"):
+        return _WITHOUT_WORDS.get(path.name, "")
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".py":
         doc = ast.get_docstring(ast.parse(text)) or ""

@@ -128,3 +128,52 @@ def test_polygons_of_two_points_are_left_out() -> None:
 def test_broken_segmentations_are_refused_with_a_sentence(segmentation: object) -> None:
     with pytest.raises(InputError, match=r"\."):
         masks.from_segmentation(segmentation, 3, 3)
+
+
+def plain_boundary(mask: np.ndarray, dilation: float) -> np.ndarray:
+    """Boundary IoU's boundary as its authors compute it: on the image with a frame of zeros, eroded again and again."""
+    height, width = mask.shape
+    eroded = np.pad(mask.astype(bool), 1)
+    for _ in range(max(1, round(dilation * np.sqrt(height**2 + width**2)))):
+        framed = np.pad(eroded, 1, constant_values=True)  # beyond the frame, an erosion sees nothing
+        shifts = [framed[y : y + height + 2, x : x + width + 2] for y in range(3) for x in range(3)]
+        eroded = np.logical_and.reduce(shifts)
+    return mask.astype(bool) & ~eroded[1:-1, 1:-1]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([0.001, 0.02, 0.1, 0.5]))
+def test_boundary_iou_is_that_of_whole_images(height, width, seed, dilation):
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+
+    def blob() -> np.ndarray:
+        cy, cx, r = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(1, max(height, width))
+        return (
+            ((y - cy) ** 2 + (x - cx) ** 2 < r**2) & (rng.random((height, width)) < rng.choice([1.0, 0.97]))
+        ).astype(np.uint8)
+
+    first, second = blob(), blob()
+    rles = [
+        masks.rle(masks.encode(m, Window(0, 0, width, height), height, width), height, width) for m in (first, second)
+    ]
+    a, b = plain_boundary(first, dilation), plain_boundary(second, dilation)
+    union = np.count_nonzero(a | b)
+    expected = np.count_nonzero(a & b) / union if union else 0.0
+    assert masks.boundary_iou(*rles, dilation) == pytest.approx(expected, abs=1e-12)
+
+
+def test_boundary_iou_of_known_masks():
+    """On a 300 x 400 image the boundary is 10 pixels wide: 2 % of a diagonal of 500."""
+    box = masks.from_segmentation([[100, 100, 200, 100, 200, 200, 100, 200]], 300, 400)
+    whole = masks.from_segmentation({"size": [300, 400], "counts": [0, 300 * 400]}, 300, 400)
+    nothing = masks.from_segmentation({"size": [300, 400], "counts": [300 * 400]}, 300, 400)
+    hollow = masks.decode(box["counts"], 300, 400)
+    hollow[110:190, 110:190] = 0
+    ring = masks.rle(masks.encode(hollow, Window(0, 0, 400, 300), 300, 400), 300, 400)
+    assert masks.boundary_iou(box, box) == masks.boundary_iou(whole, whole) == 1.0
+    assert masks.boundary_iou(box, ring) == 1.0  # the same outline, though the masks' IoU is 0.36
+    assert masks.iou(box, ring) == pytest.approx(0.36)
+    assert masks.boundary_iou(nothing, nothing) == masks.boundary_iou(box, nothing) == 0.0
+    assert masks.boundary_iou(whole, box) == 0.0  # the image's border counts, far from the box's
+    with pytest.raises(InputError, match="different images"):
+        masks.boundary_iou(box, masks.rle(box["counts"], 400, 300))

@@ -85,13 +85,18 @@ def test_agrees_with_the_reference(shared_dir: Path) -> None:
 
 def test_table_is_aligned_and_names_the_classes() -> None:
     result: Scores = score([(1, 0.5, 50.0), (18, 0.25, 5000.0)]).result()
-    table = format_table(result, {18: "a very long class name"})
+    boundary = score([(1, 0.125, 50.0), (18, 0.0, 5000.0)]).result()
+    table = format_table({"IoU %": result, "boundary %": boundary}, {18: "a very long class name"})
     lines = table.splitlines()
     assert {len(line) for line in lines} == {len(lines[0])}
-    assert any(line.startswith("a very long class name") and "25.00" in line for line in lines)
-    assert any(line.startswith("1 ") and "50.00" in line for line in lines)  # no name: its id
-    assert any(line.startswith("mIoU large") and line.split()[-2:] == ["-", "0"] for line in lines)
+    assert any(
+        line.startswith("a very long class name") and line.split()[-3:] == ["25.00", "0.00", "1"] for line in lines
+    )
+    assert any(
+        line.startswith("1 ") and line.split() == ["1", "50.00", "12.50", "1"] for line in lines
+    )  # no name: its id
+    assert any(line.startswith("mIoU large") and line.split()[-3:] == ["-", "-", "0"] for line in lines)
 
 
 def test_table_of_nothing() -> None:
-    assert "mIoU" in format_table(MaskScores().result(), {})
+    assert "mIoU" in format_table({"IoU %": MaskScores().result()}, {})

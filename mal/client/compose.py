@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mal import storage
+from mal import pretrained, storage
 from mal.client.schema import SHARED_TRAIN_KEYS, base_values
 from mal.errors import SpecError
 from mal.spec.checks import check_task
+from mal.spec.default_model import wants_default
 from mal.spec.derived import Action, results_dir
-from mal.spec.load import read_values, spec_from_values, spec_to_values
+from mal.spec.load import read_values, spec_to_values, task_spec
 from mal.spec.schema import Spec
 
 
@@ -42,20 +43,42 @@ def compose(action: Action, sources: Sources) -> Spec:
     Raises:
         SpecError: with every mistake.
     """
+    specs = _given(_parsed(sources.specs)) if sources.specs else {}
+    values = _layered(action, sources, specs)
+    if wants_default(values, action):
+        # A whole spec of mal get-job-schema does not choose what it holds as defaults: the built-in model may.
+        values = _layered(action, sources, _chosen(specs, spec_to_values(Spec())))
+    spec = with_absolute_paths(task_spec(values, action))
+    check_task(spec, action, files=False)
+    return spec
+
+
+def _layered(action: Action, sources: Sources, specs: dict[str, Any]) -> dict[str, Any]:
+    """All that is given, the later ones winning; ``specs`` is what ``sources.specs`` says."""
     layers = [
         base_values(sources.base_experiment, action) if sources.base_experiment else {},
         _inherited(action, *sources.parent) if sources.parent else {},
         _given(read_values(sources.file)),
-        _given(_parsed(sources.specs)) if sources.specs else {},
+        specs,
         _given(read_values(None, sources.overrides)),
         {"encryption_key": sources.encryption_key} if sources.encryption_key else {},
     ]
     values: dict[str, Any] = {}
     for layer in layers:
         values = _merged(values, layer)
-    spec = with_absolute_paths(spec_from_values(values))
-    check_task(spec, action, files=False)
-    return spec
+    return values
+
+
+def _chosen(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without those that are the schema's defaults."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            found[name] = _chosen(value, default)
+        elif value != default or type(value) is not type(default):
+            found[name] = value
+    return found
 
 
 def _parsed(specs: str) -> dict[str, Any]:
@@ -112,7 +135,11 @@ def with_absolute_paths(spec: Spec) -> Spec:
             name, value = spec_field.name, getattr(section, spec_field.name)
             if dataclasses.is_dataclass(value):
                 changed[name] = absolute(value)
-            elif isinstance(value, str) and (name.endswith(("_path", "_dir")) or name == "checkpoint"):
+            elif (
+                isinstance(value, str)
+                and not pretrained.is_built_in(value)
+                and (name.endswith(("_path", "_dir")) or name == "checkpoint")
+            ):
                 changed[name] = storage.absolute(value)
         return dataclasses.replace(section, **changed)
 

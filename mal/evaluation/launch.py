@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from mal import boxes, storage
+from mal import storage
 from mal.errors import InputError
+from mal.evaluation.box_table import box_table, write_box_table
 from mal.evaluation.detections import average_precision, format_precision
 from mal.evaluation.quality_report import format_quality, quality_report
 from mal.labelling.run import LabelledRun, label_file
 from mal.labelling.task import file_fingerprint
-from mal.metrics import MaskScores, format_table
+from mal.metrics import MaskScores, Scores, format_table
 from mal.run.status import task_status
 from mal.run.summary import write_summary
 from mal.spec.checks import check_task
@@ -67,7 +69,7 @@ def run_evaluation(spec: Spec) -> dict[str, Any]:
         status.write("SUCCESS", found.line, found.kpi)
         print(found.table)
         print(f"metrics:  {storage.join(folder, 'metrics.json')}")
-        print(f"each box: {shards} (parquet: iou, quality and what it is made of)", flush=True)
+        print(f"each box: {', '.join(found.files) or shards}", flush=True)
         return metrics
 
 
@@ -78,28 +80,40 @@ class _Measured(NamedTuple):
     line: str
     kpi: dict[str, float]
     table: str
+    files: tuple[str, ...] = ()
+    """Tables of every box."""
 
 
 def _measure_masks(spec: Spec, run: LabelledRun, folder: str) -> _Measured:
-    """Mean IoU, and the quality report, whose calibration goes to ``quality.json``."""
-    result = score_shards(run).result()
+    """IoU of masks and boundaries, the table of every box, and the quality report with its calibration."""
+    names = run.index.summary.categories
+    table = box_table(run.shards, names)
+    result, boundary = scores(table, "iou").result(), scores(table, "boundary_iou").result()
     if not result["counts"]["boxes"]:
         raise InputError(
             f"dataset.val_ann_path = {spec.dataset.val_ann_path!r}: none of its boxes has a mask to compare with"
         )
-    names = run.index.summary.categories
     report = quality_report(run)
     path = storage.join(folder, "quality.json")
     storage.write_bytes(path, json.dumps(report, indent=1).encode() + b"\n")
+    files = write_box_table(table, folder, spec.evaluate.per_box)
     metrics = {
-        **{name: value for name, value in result.items() if name != "per_class"},
-        "per_class": {names.get(category, str(category)): score for category, score in result["per_class"].items()},
+        **_named(result, names),
+        "boundary": _named(boundary, names),
         "quality": {name: value for name, value in report.items() if name != "calibration"},
     }
     kpi = {name: value for name, value in result.items() if isinstance(value, float)}
-    line = f"mIoU {kpi['mIoU']:.4f} on {result['counts']['boxes']:,} boxes"
+    kpi |= {f"boundary_{name}": value for name, value in boundary.items() if isinstance(value, float)}
+    line = f"mIoU {kpi['mIoU']:.4f}, of boundaries {kpi['boundary_mIoU']:.4f}, on {result['counts']['boxes']:,} boxes"
     hint = f"\nto calibrate inference with it: inference.quality_path={path}" if "calibration" in report else ""
-    return _Measured(metrics, line, kpi, f"{format_table(result, names)}\n\n{format_quality(report)}{hint}")
+    shown = format_table({"IoU %": result, "boundary %": boundary}, names)
+    return _Measured(metrics, line, kpi, f"{shown}\n\n{format_quality(report)}{hint}", tuple(files))
+
+
+def _named(result: Scores, names: Mapping[int, str]) -> dict[str, Any]:
+    """Scores as JSON, classes by name."""
+    per_class = {names.get(category, str(category)): score for category, score in result["per_class"].items()}
+    return {**result, "per_class": per_class}
 
 
 def _measure_detections(spec: Spec, run: LabelledRun, folder: str) -> _Measured:
@@ -128,15 +142,9 @@ def _run_name(spec: Spec) -> str:
     return "-".join([file_fingerprint(pool.checkpoint or ""), *chosen, *files])
 
 
-def score_shards(run: LabelledRun) -> MaskScores:
-    """The scores of all rows that have an IoU."""
-    scores = MaskScores()
-    columns = ["category_id", "iou", "bbox", "width", "height"]
-    for path in run.shards:
-        with storage.open_read(path) as file:
-            table = pq.read_table(file, columns=columns)
-        for row in table.filter(pc.is_valid(table["iou"])).to_pylist():
-            box = boxes.clip(boxes.from_xywh(row["bbox"]), row["width"], row["height"])
-            assert box is not None, "only boxes that overlap their image are labelled"
-            scores.add(row["category_id"], row["iou"], boxes.area(box))
-    return scores
+def scores(table: pa.Table, column: str) -> MaskScores:
+    """The scores of all boxes of a `box_table` that have an IoU; ``column``: which IoU."""
+    found = MaskScores()
+    measured = table.filter(pc.is_valid(table[column]))
+    found.add_all(*(measured[name].to_pylist() for name in ("category_id", column, "box_area")))
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from mal import storage
+from mal import pretrained, storage
 from mal.errors import MalError
 from mal.inference.merge import MergeCounts, OutputOptions, merge
 from mal.labelling.actor import ShardLabeler
@@ -67,6 +67,8 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
             "shards": storage.parent(run.shards[0]) if run.shards else None,
             "ledger": ledger,
         }
+        if pretrained.is_built_in(settings.checkpoint):
+            facts["built_in_model"] = pretrained.default_model().facts()
         summary = write_summary(folder, "inference", spec, begun, facts)
         status.write("SUCCESS", _one_line(counts))
         print(report(run, counts, summary), flush=True)

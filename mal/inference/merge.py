@@ -20,7 +20,7 @@ from mal.polygons import to_polygons
 
 _BLOCK = 8 * 2**20
 _ROWS = 8192
-_COLUMNS = [name for name in rows.LABELS.names if name not in ("file_name", "model")]
+_COLUMNS = [name for name in rows.LABELS.names if name not in ("file_name", "model", "boundary_iou")]
 """Columns that the output needs."""
 _COMPRESSION = 3
 """Level of gzip: a third larger than at the highest, and several times faster."""

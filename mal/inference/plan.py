@@ -9,7 +9,7 @@ from mal import storage
 from mal.data.index import Index, build_index, open_index
 from mal.data.index_folder import SUMMARY_FILE
 from mal.labelling.pool import PoolSize, pool_size
-from mal.labelling.run import run_keys
+from mal.labelling.run import announce, run_keys
 from mal.labelling.sample import Timing, spread, time_on_cluster
 from mal.labelling.task import make_task, missing_shards
 from mal.run.cluster import connected
@@ -52,6 +52,7 @@ def plan_inference(spec: Spec) -> Plan:
     check_task(spec, "inference")
     folder, settings = results_dir(spec, "inference"), spec.inference
     ann_path, img_dir = settings.ann_path or "", settings.img_dir or ""
+    announce(settings)
     keys = run_keys(spec, settings, ann_path, settings.images_path, img_dir, settings.load_mask)
     begun = begun_with(folder, keys)
     own_index = storage.join(folder, "index")

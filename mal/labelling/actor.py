@@ -30,13 +30,13 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from mal import storage
+from mal import pretrained, storage
 from mal.boxes import Box
 from mal.data.index import open_index
-from mal.errors import MalError, StorageError
+from mal.errors import CheckpointError, MalError, StorageError
 from mal.labelling.attempts import Attempts, one_by_one
 from mal.labelling.shard import decode_image, label_rows, rejected_rows
-from mal.labelling.task import LabelTask
+from mal.labelling.task import LabelTask, file_fingerprint
 from mal.model.network import MalNetwork, build_network
 from mal.model.precision import compute_name
 from mal.model.weights import load_network, read_checkpoint
@@ -226,12 +226,17 @@ def load_predictor(task: LabelTask) -> Predictor:
     if not task.use_gpu:
         torch.set_num_threads(task.threads)
     device = torch.device("cuda" if task.use_gpu else "cpu")
+    if pretrained.is_built_in(task.checkpoint) and file_fingerprint(task.checkpoint) != task.model_id:
+        raise CheckpointError(
+            "this node's installation has another built-in model than the one that started the run; install the same "
+            "version on all nodes, or give a checkpoint that every node reaches"
+        )
     checkpoint = read_checkpoint(task.checkpoint, task.encryption_key)
     model = dataclasses.replace(task.model, pretrained=False)  # the weights come from the checkpoint
 
     def network(which: Literal["student", "teacher"]) -> MalNetwork:
         built = build_network(model, crop_size=task.crop_size, stem=checkpoint.stem)
-        load_network(built, checkpoint, which=which)
+        load_network(built, checkpoint, which=which, strict=model.strict)
         return built
 
     return Predictor(

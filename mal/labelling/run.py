@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mal import storage
+from mal import pretrained, storage
 from mal.data.index import Index, Summary, build_index, fingerprint, open_index
 from mal.data.index_folder import SUMMARY_FILE
 from mal.errors import MalError
 from mal.labelling.actor import ShardLabeler
+from mal.labelling.fit import check_checkpoint
 from mal.labelling.pool import label_all, pool_size
 from mal.labelling.task import attempts_folder, file_fingerprint, make_task, missing_shards, result_keys, shard_name
 from mal.run import pause
 from mal.run.cluster import connected
-from mal.run.manifest import claim
+from mal.run.manifest import begun_with, claim
 from mal.run.status import StatusLog
 from mal.spec.schema import PoolSpec, Spec
 
@@ -52,11 +53,17 @@ def label_file(
 
     Raises:
         RunMismatchError: the folder was begun with another input, model or spec.
+        CheckpointError: the checkpoint does not fit the spec's model.
         RunPausedError: the run was asked to pause.
         MalError: whatever stopped the work.
     """
-    assert pool.checkpoint is not None, "checked before"
+    announce(pool)
     keys = run_keys(spec, pool, ann_path, images_path, img_dir, load_mask)
+    if not begun_with(folder, keys) and labeler.load is ShardLabeler.load:  # others need not have a network
+        # Before the folder is bound to a spec that a wrong checkpoint would make one correct.
+        recognised = check_checkpoint(spec, pool)
+        status.write("RUNNING", recognised)
+        print(recognised, flush=True)
     claim(folder, keys)
     index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
     total = index.summary.boxes
@@ -77,7 +84,7 @@ def label_file(
                 folder=folder,
                 results_dir=storage.parent(status.path),
                 img_dir=img_dir,
-                checkpoint=pool.checkpoint,
+                checkpoint=pool.checkpoint or "",
                 model_id=keys["model"],
                 load_mask=load_mask,
                 gpu=cluster.gpus > 0,
@@ -92,6 +99,12 @@ def label_file(
     storage.delete_leftovers(shards_folder)
     paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
     return LabelledRun(index, paths, seconds, total - done, actors)
+
+
+def announce(pool: PoolSpec) -> None:
+    """Say that the built-in model is used, if it is, and what was measured of it."""
+    if pretrained.is_built_in(pool.checkpoint):
+        print(f"no checkpoint was given: using {pretrained.default_model()}", flush=True)
 
 
 def run_keys(

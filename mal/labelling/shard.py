@@ -168,7 +168,8 @@ def _filled(task: LabelTask, waiting: _Waiting, result: MaskResult) -> dict[str,
             truth = masks.from_segmentation(json.loads(waiting.truth), *size)
         except InputError:  # the box is labelled all the same; there is nothing to compare its mask with
             return row
-        row["iou"] = masks.iou(masks.rle(counts, *size), truth)
+        found = masks.rle(counts, *size)
+        row["iou"], row["boundary_iou"] = masks.iou(found, truth), masks.boundary_iou(found, truth)
     return row
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mal import storage
+from mal import pretrained, storage
 from mal.model.losses import MeanFieldOptions
 from mal.postprocess import NO_CLEANING, Cleaning
 from mal.quality import Calibration, load_calibration
@@ -21,6 +21,10 @@ _S3_VARIABLES = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
 )
+
+
+_TRAINING_ONLY = ("frozen_stages", "pretrained", "vit_dpr", "strict")
+"""Keys of the section `model` that change no mask: only a checkpoint that fits is labelled with, strict or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ def make_task(
         index_folder=storage.join(folder, "index"),
         img_dir=storage.absolute(img_dir),
         shards_folder=storage.join(folder, "shards"),
-        checkpoint=storage.absolute(checkpoint),
+        checkpoint=checkpoint if pretrained.is_built_in(checkpoint) else storage.absolute(checkpoint),
         model_id=model_id,
         model=spec.model,
         crop_size=spec.dataset.crop_size,
@@ -146,7 +150,7 @@ def _crf(train: TrainSpec) -> MeanFieldOptions:
 
 
 def _calibration(path: str | None) -> Calibration | None:
-    return None if path is None else load_calibration(storage.read_bytes(path), path)
+    return None if path is None else load_calibration(storage.read_bytes(pretrained.located(path)), path)
 
 
 def storage_environment() -> dict[str, str]:
@@ -160,7 +164,7 @@ def storage_environment() -> dict[str, str]:
 def file_fingerprint(path: str) -> str:
     """16 hex digits of the file's content."""
     digest = hashlib.blake2b(digest_size=8)
-    with storage.open_read(path) as file:
+    with storage.open_read(pretrained.located(path)) as file:
         while block := file.read(8 * 2**20):
             digest.update(block)
     return digest.hexdigest()
@@ -178,7 +182,7 @@ def result_keys(spec: Spec, pool: PoolSpec, *, input_fingerprint: str, model_id:
         "img_dir": storage.absolute(img_dir),
         "dataset.crop_size": spec.dataset.crop_size,
         "dataset.max_image_pixels": spec.dataset.max_image_pixels,
-        **{f"model.{k}": v for k, v in values["model"].items() if k not in ("frozen_stages", "pretrained", "vit_dpr")},
+        **{f"model.{k}": v for k, v in values["model"].items() if k not in _TRAINING_ONLY},
         "train.mask_thres": values["train"]["mask_thres"],
         "train.test_margin_rate": values["train"]["test_margin_rate"],
         "precision": pool.precision,

@@ -19,7 +19,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from mal import storage
+from mal import pretrained, storage
 from mal.architectures import ARCHITECTURES
 from mal.encryption import opened
 from mal.errors import CheckpointError
@@ -133,13 +133,13 @@ class LoadReport:
 
 
 def read_checkpoint(path: str, key: str | None = None) -> Checkpoint:
-    """Read a file of weights, local or remote, and recognise what it is.
+    """Read a file of weights, local, remote or built in (`mal.pretrained`), and recognise what it is.
 
     Raises:
         StorageError: it cannot be read.
         CheckpointError: it is broken, would run code, or holds no weights.
     """
-    return recognise(opened(storage.read_bytes(path), key, path), path)
+    return recognise(opened(storage.read_bytes(pretrained.located(path)), key, path), path)
 
 
 def recognise(data: bytes, name: str) -> Checkpoint:
@@ -161,7 +161,7 @@ def recognise(data: bytes, name: str) -> Checkpoint:
 def load_network(
     network: MalNetwork, checkpoint: Checkpoint, *, which: Which = "student", strict: bool = True
 ) -> LoadReport:
-    """Put the checkpoint's student or teacher into a network.
+    """Put the checkpoint's student or teacher into a network; into one on the meta device, only see whether it fits.
 
     Raises:
         CheckpointError: the file has no such network; or, if ``strict``, names or shapes differ. A wrong architecture
@@ -274,7 +274,8 @@ def _load(module: nn.Module, state: State, checkpoint: Checkpoint, prefix: str, 
     matched = {key: value for key, value in given.items() if key in own and key not in misfits}
     if not matched:
         raise CheckpointError(f"{checkpoint.source}: none of its {len(given)} tensors has a name of this model")
-    module.load_state_dict(matched, strict=False)
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.load_state_dict(matched, strict=False)
     return LoadReport(tuple(matched), tuple(ignored), (*missing, *misfits), (*unexpected, *misfits), tuple(resampled))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mal import storage
+from mal import pretrained, storage
 from mal.architectures import TIMM_PREFIX, get_architecture
 from mal.errors import SpecError, StorageError
 from mal.spec.derived import Action, max_actors
@@ -50,13 +50,15 @@ def _required(spec: Spec, action: Action, look: bool) -> list[str]:
         }
     for key, (path, needed) in files.items():
         if path is None:
-            problems += [f"{key} is not set: {action} needs it; add it to the spec or {key}=PATH"] if needed else []
+            lacking = "; this installation has no built-in model" if key.endswith(".checkpoint") else ""
+            text = f"{key} is not set: {action} needs it; add it to the spec or {key}=PATH{lacking}"
+            problems += [text] if needed else []
             continue
         if not look:
             continue
         try:
             # A folder of an object store need not exist as an object: there the first read tells.
-            found = storage.exists(path) or (key.endswith("img_dir") and storage.is_remote(path))
+            found = storage.exists(pretrained.located(path)) or (key.endswith("img_dir") and storage.is_remote(path))
             problems += [] if found else [f"{key} = {path!r}: there is no such file or folder"]
         except StorageError as error:
             problems.append(f"{key} = {path!r}: {error}")

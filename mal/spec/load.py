@@ -19,18 +19,32 @@ from omegaconf import OmegaConf
 
 from mal import storage
 from mal.errors import SpecError, StorageError
+from mal.spec.default_model import wants_default, with_default_model
+from mal.spec.derived import Action
 from mal.spec.schema import Spec
 
 T = TypeVar("T")
 
 
-def load_spec(path: str | None, overrides: Sequence[str] = ()) -> Spec:
+def load_spec(path: str | None, overrides: Sequence[str] = (), action: Action | None = None) -> Spec:
     """Read a spec file (None: all defaults) with overrides such as ``train.lr=1e-5``.
+
+    Args:
+        action: the task it is for; one that needs a checkpoint, when none is given, gets the built-in model.
 
     Raises:
         SpecError: with every mistake: unknown keys, wrong types, values out of bounds, unreadable YAML.
+        CheckpointError: the built-in model is wanted and incomplete.
     """
-    return spec_from_values(read_values(path, overrides))
+    return task_spec(read_values(path, overrides), action)
+
+
+def task_spec(values: Mapping[str, Any], action: Action | None) -> Spec:
+    """As `load_spec`, from what `read_values` gives."""
+    spec = spec_from_values(values)
+    if action is None or not wants_default(values, action):
+        return spec
+    return spec_from_values(with_default_model(values, action, spec))
 
 
 def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:

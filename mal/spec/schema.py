@@ -84,6 +84,8 @@ class ModelSpec:
     """Drop-path rate of the backbone, in training."""
     pretrained: bool = False
     """Start from the weights that timm offers for this backbone (needs a network connection)."""
+    strict: bool = True
+    """Refuse checkpoints whose names or shapes are not those of the network; false: load what fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,8 @@ class EvaluateSpec(PoolSpec):
 
     detections_path: str | None = None
     """A detector's result list on the validation images: measures the COCO AP of its boxes and of their masks."""
+    per_box: str = key("parquet", choices=("parquet", "csv", "both"))
+    """How the table of every box's IoU and quality, worst first, is written: boxes.parquet, boxes.csv."""
     comp_clustering: bool = False
     """Kept for old spec files; it must stay false."""
 

@@ -157,7 +157,7 @@ def _read(path: str, key: str | None) -> dict[str, Any]:
 
 def _check_model(path: str, saved: dict[str, Any], spec: Spec) -> None:
     """Raise CheckpointError if the network of ``saved`` is another than that of ``spec``."""
-    free = ("frozen_stages", "vit_dpr", "pretrained", "teacher_momentum")
+    free = ("frozen_stages", "vit_dpr", "pretrained", "teacher_momentum", "strict")
     begun, now = saved["model"], spec_to_values(spec)["model"]
     differing = [f"model.{k}: {begun.get(k)!r} there, {now[k]!r} in the spec" for k in now if begun.get(k) != now[k]]
     differing = [text for text in differing if text.split(":")[0].removeprefix("model.") not in free]

@@ -275,5 +275,5 @@ def initial_model(task: TrainTask) -> StudentTeacher:
     stem = checkpoint.stem if checkpoint else "patch"
     model = StudentTeacher(build_network(task.spec.model, crop_size=crop_size, stem=stem))
     if checkpoint:
-        print(f"{checkpoint}: {load_pretrained(model, checkpoint)}", flush=True)
+        print(f"{checkpoint}: {load_pretrained(model, checkpoint, strict=task.spec.model.strict)}", flush=True)
     return model

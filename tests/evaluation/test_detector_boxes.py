@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -85,8 +86,17 @@ def test_average_precision_of_a_detectors_boxes(detector, ray_here, capsys):
 
 def test_evaluation_calibrates_quality_and_inference_uses_it(detector, ray_here, capsys):
     folder, scenes, _, arguments = detector
-    assert main(["evaluate", *arguments, "evaluate.use_flip_test=true"]) == 0
-    assert "quality of masks" in capsys.readouterr().out
+    assert main(["evaluate", *arguments, "evaluate.use_flip_test=true", "evaluate.per_box=both"]) == 0
+    out = capsys.readouterr().out
+    assert "quality of masks" in out
+    assert "boundary %" in out
+    metrics = json.loads((folder / "results/evaluate/metrics.json").read_text())
+    each = pq.read_table(folder / "results/evaluate/boxes.parquet")
+    for name, figures in (("iou", metrics), ("boundary_iou", metrics["boundary"])):
+        assert np.mean(each[name].to_numpy()) == pytest.approx(figures["box_mean_iou"])
+        assert 0 < figures["mIoU"] < 1
+    assert each["iou"].to_pylist() == sorted(each["iou"].to_pylist())
+    assert len((folder / "results/evaluate/boxes.csv").read_text().splitlines()) == 1 + each.num_rows
     report = json.loads((folder / "results/evaluate/quality.json").read_text())
     assert report["boxes"] >= 50
     assert set(report) == {"boxes", "calibrated", "uncalibrated", "mean_probability", "calibration"}
