@@ -40,7 +40,6 @@ class Leftover:
 
 _LEFTOVERS = (
     "argparse.Namespace",
-    "collections.defaultdict",
     "numpy.core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
@@ -61,10 +60,17 @@ _LEFTOVERS = (
     "omegaconf.nodes.StringNode",
     "pathlib.Path",
     "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+    "pathlib.PureWindowsPath",
+    "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "torch.torch_version.TorchVersion",
+    "types.SimpleNamespace",
     "typing.Any",
+    "builtins.bytes",
     "builtins.dict",
     "builtins.float",
     "builtins.int",
@@ -73,10 +79,26 @@ _LEFTOVERS = (
 )
 """Classes and functions whose results are data that nobody needs for the weights."""
 
-_DICTS = ("lightning_fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict")
+_DICTS = (
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "yacs.config.CfgNode",
+    "mmengine.config.config.ConfigDict",
+)
 """Kinds of dict; their items are kept."""
 
-_STAND_INS: list[Any] = [(Leftover, name) for name in _LEFTOVERS] + [(OrderedDict, name) for name in _DICTS]
+
+def _plain_dict(*_: object) -> OrderedDict[Any, Any]:
+    """In place of a ``defaultdict``, whose factory is not wanted."""
+    return OrderedDict()
+
+
+_STAND_INS: list[Any] = [
+    *((Leftover, name) for name in _LEFTOVERS),
+    *((OrderedDict, name) for name in _DICTS),
+    (_plain_dict, "collections.defaultdict"),
+]
 
 _CONVERSION = (
     "If you trust where it comes from, rewrite it once with the program that made it: content = torch.load(path, "

@@ -50,7 +50,7 @@ _KIND_TEXT: dict[Kind, str] = {
     "network": "the weights of one network",
     "backbone": "the weights of a backbone",
 }
-_NESTED = ("state_dict", "model", "model_state_dict", "module", "model_ema", "teacher", "net")
+_NESTED = ("state_dict", "model", "model_state_dict", "module", "model_ema", "state_dict_ema", "teacher", "net")
 """Where in a file the weights may be, the likeliest first."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "_forward_module.")
 """Prefixes that data parallelism, compilation and trainers put before every name."""

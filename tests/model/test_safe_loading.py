@@ -68,6 +68,29 @@ def test_harmless_leftovers_are_let_through_as_nothing() -> None:
     assert not hasattr(values["args"], "lr")
 
 
+class Stranger:
+    """A class that no allow-list knows."""
+
+
+def test_an_unknown_class_is_named_with_the_conversion(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "odd.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "trainer": Stranger()}, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_pickle(str(path))
+    assert "test_safe_loading.Stranger; it was not loaded" in str(caught.value)
+    assert 'torch.save({"state_dict": content["state_dict"]}, "safe.pth")' in str(caught.value)
+    content = torch.load(path, weights_only=False)  # what the message says, by who trusts the file
+    torch.save({"state_dict": content["state_dict"]}, tmp_path / "safe.pth")
+    assert load_pickle(str(tmp_path / "safe.pth"))["state_dict"]["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int32", "uint8", "bool", "U3", "datetime64[s]"])
+def test_numpy_leftovers_of_any_type(dtype: str) -> None:
+    array = np.zeros(3, dtype)
+    content = {"state_dict": {"a": torch.ones(2)}, "array": array, "scalar": array[0], "type": array.dtype}
+    assert load_content(saved(content), "x").values["state_dict"]["a"].tolist() == [1.0, 1.0]
+
+
 def test_safetensors_with_metadata() -> None:
     data = safetensors.torch.save({"a": torch.ones(2)}, metadata={"arch": "x"})
     content = load_content(data, "x")

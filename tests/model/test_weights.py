@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import io
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -17,6 +21,7 @@ from mal.errors import CheckpointError
 from mal.model.backbones import VitBackbone, build_backbone
 from mal.model.network import MalNetwork, StudentTeacher
 from mal.model.weights import (
+    Checkpoint,
     identify_architecture,
     load_backbone,
     load_network,
@@ -208,3 +213,45 @@ def test_peers_weights_are_recognised(reference) -> None:
     assert (checkpoint.kind, checkpoint.architecture) == ("network", "vit-deit-tiny/16")
     report = load_network(MalNetwork(build_backbone("vit-deit-tiny/16")), checkpoint)
     assert len(report.matched) == 162
+
+
+def test_a_released_research_checkpoint_as_lightning_wrote_it() -> None:
+    """Convolutional stem, student and teacher, and everything that lay about in the trainer when it was saved."""
+    student = MalNetwork(VitBackbone(Architecture("vit-deit-tiny/16", "vit", 192, 3, 12, 16), stem="conv"), out=8)
+    content = {
+        "epoch": 9,
+        "global_step": 14999,
+        "pytorch-lightning_version": "1.6.5",
+        "state_dict": StudentTeacher(student).state_dict(),
+        "hyper_parameters": {"args": argparse.Namespace(lr=1e-6, crop_size=512, margin_rate=[0, 1.2])},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": np.float32(0.5), "best": Path("x")}},
+        "loops": {"fit_loop": {"ious": np.zeros((3, 2), np.float64), "seen": np.arange(3, dtype=np.int32)}},
+        "lr_schedulers": [collections.defaultdict(list, {"rates": [np.float64(1e-6)]})],
+        "done": np.bool_(True),
+    }
+    checkpoint = recognise(saved(content), "released.ckpt")
+    assert (checkpoint.kind, checkpoint.stem, checkpoint.architecture) == ("peer", "conv", "vit-deit-tiny/16")
+    assert checkpoint.meta["epoch"] == 9
+    network = MalNetwork(VitBackbone(ARCHITECTURES["vit-deit-tiny/16"], stem=checkpoint.stem), out=8)
+    report = load_network(network, checkpoint, which="teacher")
+    assert len(report.matched) == len(student.state_dict())
+    assert same(network, student)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("file", "stem"), [("orig", "conv"), ("tao", "patch")])
+def test_names_and_shapes_of_both_peers_fit(reference, file: str, stem: Any) -> None:
+    listed = json.loads((reference.folder / f"keys_{file}_vit-mae-base-16.json").read_text())["keys"]
+    state = {key: torch.zeros(shape, device="meta") for key, shape in listed.items()}
+    checkpoint = Checkpoint("peer", "peer", *(_part(state, which) for which in ("student.", "teacher.")))
+    assert (checkpoint.architecture, checkpoint.stem) == ("vit-mae-base/16", stem)
+    with torch.device("meta"):
+        network = MalNetwork(VitBackbone(ARCHITECTURES["vit-mae-base/16"], stem=checkpoint.stem))
+    for which in ("student", "teacher"):
+        report = load_network(network, checkpoint, which=which)
+        assert len(report.matched) == len(network.state_dict())
+        assert set(report.ignored) <= {"backbone.head.weight", "backbone.head.bias"}
+
+
+def _part(state: State, prefix: str) -> State:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
