@@ -20,6 +20,9 @@ SMALL_UP_TO = 32.0**2
 MEDIUM_UP_TO = 96.0**2
 """Larger box areas up to this are medium (px^2), those above are large."""
 
+SAME_OBJECT = 0.7
+"""Two boxes of a larger IoU are taken for two of one object."""
+
 
 class Box(NamedTuple):
     """Corners of a box in pixels of the original image."""
@@ -51,6 +54,23 @@ def from_xywh(bbox: Sequence[float]) -> Box:
     """COCO ``[x, y, w, h]`` to corners."""
     x, y, w, h = bbox
     return Box(float(x), float(y), float(x) + float(w), float(y) + float(h))
+
+
+def overlaps(boxes: Sequence[Box]) -> list[float]:
+    """By box the largest part of it, 0..1, that one of the other boxes covers.
+
+    Boxes whose IoU with it is above `SAME_OBJECT` do not count: detectors find an object twice.
+    """
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    sides = corners[:, 2:] - corners[:, :2]
+    areas = sides[:, 0] * sides[:, 1]
+    found = []
+    for i, box in enumerate(corners):
+        common = np.minimum(corners[:, 2:], box[2:]) - np.maximum(corners[:, :2], box[:2])
+        shared = np.maximum(common[:, 0], 0.0) * np.maximum(common[:, 1], 0.0)
+        shared[shared > SAME_OBJECT * (areas + areas[i] - shared)] = 0.0  # the box itself, too
+        found.append(float(shared.max() / areas[i]))
+    return found
 
 
 def to_xywh(box: Box) -> list[float]:

@@ -1,14 +1,16 @@
 """Quality: an estimate of a mask's IoU from what labelling knows anyway, and its calibration on boxes with masks.
 
-    evidence of a box --ridge regression--> raw estimate --isotonic regression--> quality
+    evidence of a box --ridge regression--> + its class's share = raw estimate --isotonic regression--> quality
 
 Without a calibration the quality is a fixed formula, good for ranking alone (`default_quality`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -21,11 +23,15 @@ from mal.errors import InputError
 Array = NDArray[np.float64]
 
 FOLDS = 5
-RIDGE = 1e-2
+RIDGE = 0.1
 """Weight of the ridge, in units of the number of boxes."""
+CLASS_PRIOR = 3.0
+"""So many boxes of no deviation are added to those of a class before its mean deviation is taken."""
+FARTHEST = 3.0
+"""Evidence farther from the mean than so many deviations counts as if it were there."""
 FEWEST_BOXES = 50
 """A calibration on fewer boxes says nothing."""
-_VERSION = 1
+_VERSION = 2
 
 
 class Evidence(NamedTuple):
@@ -41,6 +47,12 @@ class Evidence(NamedTuple):
     """Area of the mask over that of the box, 0..1."""
     size: float
     """Square root of the box's area, in pixels."""
+    elongation: float
+    """Binary logarithm of the box's longer side over its shorter one."""
+    overlap: float
+    """Largest part of the box that one other box of the image covers, 0..1 (`mal.boxes.overlaps`)."""
+    agreement: float
+    """Of student, teacher and mirrored views, 0..1 (`mal.predictor.agreement`); NaN if there was one opinion alone."""
 
 
 def tightness(mask: Window | None, box: Box) -> float:
@@ -48,16 +60,34 @@ def tightness(mask: Window | None, box: Box) -> float:
     return 0.0 if mask is None else min(1.0, mask.width * mask.height / area(box))
 
 
-def evidence(box: Box, mask_area: int, tightness: float, *, mean_probability: float, stability: float) -> Evidence:
+def evidence(
+    box: Box,
+    mask_area: int,
+    tightness: float,
+    *,
+    mean_probability: float,
+    stability: float,
+    overlap: float,
+    agreement: float | None,
+) -> Evidence:
     """The evidence of one mask; ``box`` is clipped to its image."""
-    return Evidence(mean_probability, stability, tightness, min(1.0, mask_area / area(box)), area(box) ** 0.5)
+    return Evidence(
+        mean_probability=mean_probability,
+        stability=stability,
+        tightness=tightness,
+        fill=min(1.0, mask_area / area(box)),
+        size=area(box) ** 0.5,
+        elongation=abs(math.log2((box.x1 - box.x0) / (box.y1 - box.y0))),
+        overlap=overlap,
+        agreement=math.nan if agreement is None else agreement,
+    )
 
 
 def default_quality(evidence: Array) -> Array:
     """A ranking without calibration, 0..1.
 
     Args:
-        evidence: [N, 5], rows of `Evidence`.
+        evidence: [N, len(Evidence._fields)], rows of `Evidence`.
     """
     return np.clip(evidence[:, 1] * np.sqrt(evidence[:, 2]), 0.0, 1.0)
 
@@ -69,15 +99,19 @@ class Calibration:
     centre: tuple[float, ...]
     scale: tuple[float, ...]
     weights: tuple[float, ...]
-    """Of the intercept, then of every normalised feature."""
+    """Of the intercept, then of every feature (`_design`)."""
     raw: tuple[float, ...]
     """Knots of the isotonic regression: raw estimates, ascending ..."""
     quality: tuple[float, ...]
     """... and the quality at each; linear in between, constant outside."""
+    classes: Mapping[str, float]
+    """Class name (`class_key`) -> what it adds to the raw estimate; classes that are not here add nothing."""
 
-    def __call__(self, evidence: Array) -> Array:
-        """Quality [N], 0..1, of evidence [N, 5]."""
+    def __call__(self, evidence: Array, categories: Sequence[str] | None = None) -> Array:
+        """Quality [N], 0..1, of evidence [N, len(Evidence._fields)] and the names of the boxes' classes."""
         raw = _design(evidence, np.array(self.centre), np.array(self.scale)) @ np.array(self.weights)
+        if categories is not None:
+            raw = raw + np.array([self.classes.get(class_key(name), 0.0) for name in categories])
         return np.interp(raw, self.raw, self.quality)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,14 +124,24 @@ class Calibration:
         try:
             version = values["version"]
             if version != _VERSION:
-                raise InputError(f"{source}: calibrations of version {version} are not known here")
-            found = cls(**{name: tuple(map(float, values[name])) for name in cls.__dataclass_fields__})
-        except (KeyError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{source}: calibrations of version {version} are not known here; `mal evaluate` writes a new one"
+                )
+            lists = {name: tuple(map(float, values[name])) for name in cls.__dataclass_fields__ if name != "classes"}
+            found = cls(**lists, classes={str(name): float(value) for name, value in values["classes"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{source}: this is no calibration of quality; `mal evaluate` writes them") from error
-        features = _design(np.ones((1, len(Evidence._fields))), np.zeros(0), np.zeros(0)).shape[1]
-        if len(found.weights) != features or len(found.raw) != len(found.quality) or not found.raw:
+        fields = len(Evidence._fields)
+        features = _design(np.ones((1, fields)), np.zeros(fields), np.ones(fields)).shape[1]
+        complete = len(found.weights) == features and len(found.centre) == len(found.scale) == fields
+        if not complete or len(found.raw) != len(found.quality) or not found.raw:
             raise InputError(f"{source}: the calibration is incomplete; `mal evaluate` writes a new one")
         return found
+
+
+def class_key(name: str) -> str:
+    """A class's name as calibrations know it: another file may spell it a little differently."""
+    return " ".join(name.lower().replace("_", " ").split())
 
 
 def load_calibration(text: bytes, source: str) -> Calibration:
@@ -109,21 +153,40 @@ def load_calibration(text: bytes, source: str) -> Calibration:
     return Calibration.from_json(values.get("calibration") if isinstance(values, dict) else None, source)
 
 
-def fit(evidence: Array, ious: Array) -> Calibration:
+def fit(evidence: Array, ious: Array, categories: Sequence[str] | None = None) -> Calibration:
     """The calibration that fits boxes of known IoU.
 
+    The regression is on the ranks of the IoUs, as it is to rank; the isotonic one brings the estimate back to IoUs.
+
     Args:
-        evidence: [N, 5].
+        evidence: [N, len(Evidence._fields)].
         ious: [N], 0..1.
+        categories: [N], names of the boxes' classes; None: not known.
     """
     features = _features(evidence)
-    centre, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
+    known = np.isfinite(features)
+    counts = np.maximum(known.sum(0), 1)
+    centre = np.where(known, features, 0.0).sum(0) / counts
+    scale = np.maximum(np.sqrt(np.where(known, (features - centre) ** 2, 0.0).sum(0) / counts), 1e-6)
     design = _design(evidence, centre, scale)
     penalty = RIDGE * len(ious) * np.eye(design.shape[1])
     penalty[0, 0] = 0.0  # not the intercept
-    weights = np.linalg.solve(design.T @ design + penalty, design.T @ ious)
-    raw, quality = isotonic(design @ weights, ious)
-    return Calibration(*(tuple(values.tolist()) for values in (centre, scale, weights, raw, quality)))
+    ranks = _ranks(ious) / len(ious)
+    weights = np.linalg.solve(design.T @ design + penalty, design.T @ ranks)
+    estimate = design @ weights
+    classes = {} if categories is None else _classes(ranks - estimate, categories)
+    if categories is not None:
+        estimate = estimate + np.array([classes[class_key(name)] for name in categories])
+    raw, quality = isotonic(estimate, ious)
+    lists = {"centre": centre, "scale": scale, "weights": weights, "raw": raw, "quality": quality}
+    return Calibration(**{name: tuple(values.tolist()) for name, values in lists.items()}, classes=classes)
+
+
+def _classes(deviations: Array, categories: Sequence[str]) -> dict[str, float]:
+    """Mean deviation of every class from the estimate, drawn towards none where there are few boxes."""
+    names, inverse = np.unique([class_key(name) for name in categories], return_inverse=True)
+    means = np.bincount(inverse, deviations) / (np.bincount(inverse) + CLASS_PRIOR)
+    return dict(zip(names.tolist(), means.tolist(), strict=True))
 
 
 def isotonic(x: Array, y: Array) -> tuple[Array, Array]:
@@ -144,16 +207,23 @@ def isotonic(x: Array, y: Array) -> tuple[Array, Array]:
     return knots, np.clip(values[first], 0.0, 1.0)
 
 
-def cross_validated(evidence: Array, ious: Array, groups: Sequence[int] | NDArray[np.int64]) -> Array:
+def cross_validated(
+    evidence: Array,
+    ious: Array,
+    groups: Sequence[int] | NDArray[np.int64],
+    categories: Sequence[str] | None = None,
+) -> Array:
     """Quality [N] of every box by a calibration that has seen no box of its group (its image)."""
     names = np.unique(np.asarray(groups))
     fold_of = dict(zip(names.tolist(), np.random.default_rng(0).permutation(len(names)) % FOLDS, strict=True))
     folds = np.array([fold_of[group] for group in np.asarray(groups).tolist()])
+    classes = None if categories is None else np.array(categories, dtype=object)
     quality = np.empty(len(ious))
     for fold in np.unique(folds):
         held_out = folds == fold
         seen = ~held_out if not held_out.all() else held_out
-        quality[held_out] = fit(evidence[seen], ious[seen])(evidence[held_out])
+        calibration = fit(evidence[seen], ious[seen], None if classes is None else classes[seen].tolist())
+        quality[held_out] = calibration(evidence[held_out], None if classes is None else classes[held_out].tolist())
     return quality
 
 
@@ -198,14 +268,18 @@ def _ranks(values: Array) -> Array:
 
 
 def _features(evidence: Array) -> Array:
-    """What the regression is linear in: [N, F] of evidence [N, 5]."""
-    probability, stability, tight, fill, size = evidence.T
-    logarithm = np.log2(np.maximum(size, 1.0))
-    return np.stack([probability, stability, tight, tight**2, fill, fill**2, logarithm, stability * tight], axis=1)
+    """Evidence [N, fields] on scales that are about linear."""
+    features = evidence.astype(np.float64)
+    size = Evidence._fields.index("size")
+    features[:, size] = np.log2(np.maximum(features[:, size], 1.0))
+    return features
 
 
 def _design(evidence: Array, centre: Array, scale: Array) -> Array:
-    features = _features(evidence)
-    if len(centre):
-        features = (features - centre) / scale
-    return np.concatenate([np.ones((len(features), 1)), features], axis=1)
+    """What the regression is linear in: one, the normalised features, their squares and their products.
+
+    A feature that is not known counts as the mean.
+    """
+    x = np.nan_to_num(np.clip((_features(evidence) - centre) / scale, -FARTHEST, FARTHEST))
+    pairs = [x[:, i] * x[:, j] for i, j in itertools.combinations_with_replacement(range(x.shape[1]), 2)]
+    return np.stack([np.ones(len(x)), *x.T, *pairs], axis=1)

@@ -61,6 +61,7 @@ LABELS = pa.schema(
         pa.field("stability", pa.float32()),
         pa.field("tightness", pa.float32()),
         pa.field("agreement", pa.float32()),  # null if there was one opinion alone
+        pa.field("overlap", pa.float32()),
         pa.field("model", pa.string(), nullable=False),  # fingerprint of the checkpoint that made the mask
         pa.field("reason", pa.string()),  # why the box was rejected; null if labelled
     ]

@@ -54,3 +54,28 @@ def test_the_central_window_is_1_3_times_the_box():
     window = boxes.central_window(boxes.from_xywh([100, 100, 200, 100]))
     assert window == Window(70, 85, 331, 216)
     assert (window.width, window.height) == pytest.approx((261, 131))
+
+
+def test_overlaps_of_known_boxes():
+    table, cup, same, apart = Box(0, 0, 100, 50), Box(10, 10, 20, 20), Box(0, 0, 100, 45), Box(200, 0, 210, 9)
+    found = boxes.overlaps([table, cup, same, apart])
+    # The cup covers a little of the table, whose second box does not count; the table covers the whole cup.
+    assert found == pytest.approx([100 / 5000, 1.0, 100 / 4500, 0.0])
+    assert boxes.overlaps([table]) == [0.0]
+    assert boxes.overlaps([]) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(1, 40), st.integers(1, 40)), max_size=8))
+def test_overlaps_are_those_of_pixels(placed):
+    maps = np.zeros((len(placed), 100, 100), bool)
+    for pixels, (x, y, w, h) in zip(maps, placed, strict=True):
+        pixels[y : y + h, x : x + w] = True
+    expected = []
+    for i, own in enumerate(maps):
+        shared = [0.0]
+        for j, other in enumerate(maps):
+            common = np.count_nonzero(own & other)
+            if j != i and common <= boxes.SAME_OBJECT * np.count_nonzero(own | other):
+                shared.append(common / np.count_nonzero(own))
+        expected.append(max(shared))
+    assert boxes.overlaps([boxes.from_xywh(box) for box in placed]) == pytest.approx(expected)

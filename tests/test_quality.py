@@ -26,13 +26,14 @@ from mal.quality import (
     tightness,
 )
 
+FIELDS = len(Evidence._fields)
 numbers = st.floats(0, 1, width=32)
 
 
 def simulated(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes whose IoU depends on their evidence, not evenly and with noise; and their images."""
     rng = np.random.default_rng(seed)
-    known = rng.uniform(0.2, 1.0, (n, 5))
+    known = rng.uniform(0.2, 1.0, (n, FIELDS))
     known[:, 4] = rng.uniform(5, 400, n)
     truth = known[:, 1] ** 2 * (1 - (known[:, 3] - 0.6) ** 2) * 0.9
     return known, np.clip(truth + rng.normal(0, 0.05, n), 0, 1), np.arange(n) // 3
@@ -44,7 +45,10 @@ def test_evidence_of_a_mask():
     assert tightness(Window(10, 10, 20, 50), box) == 0.5
     assert tightness(None, box) == 0.0
     assert tightness(Window(9, 9, 31, 51), box) == 1.0  # the box rounded outwards
-    assert evidence(box, 200, 0.5, mean_probability=0.7, stability=0.8) == Evidence(0.7, 0.8, 0.5, 0.25, 800**0.5)
+    known = {"mean_probability": 0.7, "stability": 0.8, "overlap": 0.3}
+    found = evidence(box, 200, 0.5, **known, agreement=0.9)
+    assert found == Evidence(0.7, 0.8, 0.5, 0.25, 800**0.5, 1.0, 0.3, 0.9)
+    assert np.isnan(evidence(box, 200, 0.5, **known, agreement=None).agreement)
 
 
 def test_calibration_beats_its_parts_on_boxes_it_has_not_seen():
@@ -55,6 +59,42 @@ def test_calibration_beats_its_parts_on_boxes_it_has_not_seen():
     assert found["expected_calibration_error"] < 0.04
     kept = found["mean_iou_kept"]
     assert found["mean_iou"] < kept["10"] < kept["20"] < kept["50"]
+
+
+def test_a_class_counts_as_far_as_it_was_seen():
+    """Two classes of other quality at the same evidence; one that the calibration never saw has no say."""
+    known, ious, images = simulated(600)
+    names = ["Dining table" if k % 2 else "cat" for k in range(600)]
+    ious = np.clip(ious - 0.3 * (np.arange(600) % 2), 0, 1)
+    told = judge(cross_validated(known, ious, images, names), ious)
+    assert told["spearman"] > judge(cross_validated(known, ious, images), ious)["spearman"] + 0.1
+    calibration = fit(known, ious, names)
+    one = known[:1]
+    table, cat, other = (float(calibration(one, [name])[0]) for name in ("dining_table", "cat", "zebra"))
+    assert table < other < cat
+    assert other == float(calibration(one)[0])
+    assert load_calibration(json.dumps({"calibration": calibration.to_json()}).encode(), "x") == calibration
+
+
+def test_a_class_of_few_boxes_says_little():
+    known = np.full((601, FIELDS), 0.5)
+    names = ["rare", *["often"] * 300, *["low"] * 300]
+    found = fit(known, np.array([1.0] * 301 + [0.0] * 300), names).classes
+    assert 0 < found["rare"] < found["often"] / 3
+    assert found["low"] < 0
+
+
+def test_evidence_that_is_not_known_counts_as_the_mean():
+    known, ious, _ = simulated(200)
+    blind = known.copy()
+    blind[:, -1] = np.nan
+    found = fit(blind, ious)
+    assert np.isfinite(found(blind)).all()
+    np.testing.assert_array_equal(found(known), found(blind))  # it never saw this evidence
+    full = fit(known, ious)
+    mean = known.copy()
+    mean[:, -1] = known[:, -1].mean()
+    np.testing.assert_allclose(full(blind), full(mean), atol=1e-9)
 
 
 def test_what_is_held_out_is_not_seen():
@@ -84,6 +124,8 @@ def test_calibration_comes_back_from_json():
         b'{"calibration": {}}',
         b'{"calibration": {"version": 99}}',
         b'{"calibration": {"version": 1}}',
+        b'{"calibration": {"version": 2}}',
+        b'{"calibration": {"version": 2, "classes": []}}',
     ],
 )
 def test_what_is_no_calibration_is_refused(text):
@@ -98,7 +140,7 @@ def test_a_calibration_that_lacks_numbers_is_refused():
         Calibration.from_json({**values, "weights": values["weights"][:-1]}, "x")
 
 
-@given(arrays(np.float64, st.tuples(st.integers(1, 30), st.just(5)), elements=numbers), st.data())
+@given(arrays(np.float64, st.tuples(st.integers(1, 30), st.just(FIELDS)), elements=numbers), st.data())
 def test_quality_lies_between_0_and_1(known, data):
     assert ((default_quality(known) >= 0) & (default_quality(known) <= 1)).all()
     ious = data.draw(arrays(np.float64, len(known), elements=numbers))

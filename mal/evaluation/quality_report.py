@@ -14,19 +14,23 @@ from mal.labelling.run import LabelledRun
 
 _COLUMNS = [
     *("image_id", "iou", "area", "bbox", "width", "height"),
-    *("mean_probability", "stability", "tightness"),
+    *("mean_probability", "stability", "tightness", "agreement", "overlap", "category_id"),
 ]
+
+ESTIMATES = ("calibrated", "without_classes", "uncalibrated", "mean_probability")
+"""What is compared: the calibration, one that does not know the boxes' classes, none, and the plainest estimate."""
 
 
 def quality_report(run: LabelledRun) -> dict[str, Any]:
     """The content of ``quality.json``: what was measured, and the calibration that inference can use.
 
     The calibrated figures are those of boxes that the calibration had not seen: it is fitted five times, each time
-    without a fifth of the images. The calibration that is written is fitted on all.
+    without a fifth of the images. ``without_classes`` is what to expect on classes that this file does not have. The
+    calibration that is written is fitted on all.
 
     Returns:
-        ``boxes`` counted, ``calibrated`` / ``uncalibrated`` / ``mean_probability``: `mal.quality.QualityReport` of each
-        estimate, and ``calibration``. With fewer than `mal.quality.FEWEST_BOXES` boxes, only ``boxes``.
+        ``boxes`` counted, the `mal.quality.QualityReport` of each of `ESTIMATES`, and ``calibration``. With fewer than
+        `mal.quality.FEWEST_BOXES` boxes, only ``boxes``.
     """
     table = read_scored(run, _COLUMNS)
     report: dict[str, Any] = {"boxes": table.num_rows}
@@ -34,13 +38,17 @@ def quality_report(run: LabelledRun) -> dict[str, Any]:
         return report
     evidence = np.array([_evidence(row) for row in table.to_pylist()])
     ious = table["iou"].to_numpy().astype(np.float64)
+    names = run.index.summary.categories
+    classes = [names.get(category, str(category)) for category in table["category_id"].to_pylist()]
+    images = table["image_id"].to_numpy()
     estimates = {
-        "calibrated": quality.cross_validated(evidence, ious, table["image_id"].to_numpy()),
+        "calibrated": quality.cross_validated(evidence, ious, images, classes),
+        "without_classes": quality.cross_validated(evidence, ious, images),
         "uncalibrated": quality.default_quality(evidence),
         "mean_probability": evidence[:, 0],
     }
     report |= {name: quality.judge(estimate, ious) for name, estimate in estimates.items()}
-    return {**report, "calibration": quality.fit(evidence, ious).to_json()}
+    return {**report, "calibration": quality.fit(evidence, ious, classes).to_json()}
 
 
 def read_scored(run: LabelledRun, columns: list[str]) -> pa.Table:
@@ -57,7 +65,10 @@ def _evidence(row: dict[str, Any]) -> quality.Evidence:
     box = boxes.clip(boxes.from_xywh(row["bbox"]), row["width"], row["height"])
     assert box is not None, "only boxes that overlap their image are labelled"
     return quality.evidence(
-        box, row["area"], row["tightness"], mean_probability=row["mean_probability"], stability=row["stability"]
+        box,
+        row["area"],
+        row["tightness"],
+        **{name: row[name] for name in ("mean_probability", "stability", "overlap", "agreement")},
     )
 
 
@@ -68,7 +79,7 @@ def format_quality(report: dict[str, Any]) -> str:
     lines = [
         f"{'quality of masks':<18}{'rank corr.':>11}{'calib. error':>14}   mean IoU: all, without the worst 10/20/50 %"
     ]
-    for name in ("calibrated", "uncalibrated", "mean_probability"):
+    for name in ESTIMATES:
         found: quality.QualityReport = report[name]
         kept = "  ".join(f"{found['mean_iou_kept'][share]:.4f}" for share in ("10", "20", "50"))
         error = found["expected_calibration_error"]

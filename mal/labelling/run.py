@@ -60,19 +60,14 @@ def label_file(
     announce(pool)
     keys = run_keys(spec, pool, ann_path, images_path, img_dir, load_mask)
     if not begun_with(folder, keys) and labeler.load is ShardLabeler.load:  # others need not have a network
-        # Before the folder is bound to a spec that a wrong checkpoint would make one correct.
-        recognised = check_checkpoint(spec, pool)
-        status.write("RUNNING", recognised)
-        print(recognised, flush=True)
+        _tell(status, check_checkpoint(spec, pool))  # before the folder is bound to what may have to be corrected
     claim(folder, keys)
     index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
     total = index.summary.boxes
     shards_folder = storage.join(folder, "shards")
     todo, actors, seconds = missing_shards(shards_folder, index.shards), "none", 0.0
     done = total - sum(index.summary.shards[shard] for shard in todo)
-    plan = f"{describe(index.summary)}; {len(todo)} of {index.shards} shards to do"
-    status.write("RUNNING", plan)
-    print(plan, flush=True)
+    _tell(status, f"{describe(index.summary)}; {len(todo)} of {index.shards} shards to do")
     if todo:
         with connected(spec.ray) as cluster:
             size = pool_size(spec, pool, cluster, len(todo))
@@ -88,17 +83,28 @@ def label_file(
                 model_id=keys["model"],
                 load_mask=load_mask,
                 gpu=cluster.gpus > 0,
+                categories=index.summary.categories,
             )
             seconds = label_all(task, size, todo=todo, boxes=total, boxes_done=done, status=status, labeler=labeler)
-    left = missing_shards(shards_folder, index.shards)
-    if left and pause.asked(storage.parent(status.path)):
-        raise pause.paused(f"{index.shards - len(left)} of {index.shards} shards are done")
-    if left:
-        raise MalError(f"{len(left)} shards were not finished; run the same command again")
+    _check_done(shards_folder, index, storage.parent(status.path))
     storage.delete(attempts_folder(shards_folder))  # that of a shard whose actor was killed right after writing it
     storage.delete_leftovers(shards_folder)
     paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
     return LabelledRun(index, paths, seconds, total - done, actors)
+
+
+def _check_done(shards_folder: str, index: Index, results_dir: str) -> None:
+    """Raise RunPausedError or MalError if a shard is missing."""
+    left = missing_shards(shards_folder, index.shards)
+    if left and pause.asked(results_dir):
+        raise pause.paused(f"{index.shards - len(left)} of {index.shards} shards are done")
+    if left:
+        raise MalError(f"{len(left)} shards were not finished; run the same command again")
+
+
+def _tell(status: StatusLog, line: str) -> None:
+    status.write("RUNNING", line)
+    print(line, flush=True)
 
 
 def announce(pool: PoolSpec) -> None:

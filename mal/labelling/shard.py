@@ -61,8 +61,7 @@ def label_rows(
         if isinstance(decoded, str):
             finished += [_label_row(task, record, box, reason=decoded) for box in record["boxes"]]
             continue
-        for box in record["boxes"]:
-            waiting = _waiting(task, record, box, decoded)
+        for waiting in _arrived(task, record, decoded):
             queue = queues[int(boxes.band_index([boxes.area(waiting.item.box)])[0])]
             queue.append(waiting)
             if len(queue) == task.batch_size:
@@ -123,10 +122,16 @@ def _records(index_rows: pa.Table) -> Iterable[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _waiting(task: LabelTask, record: dict[str, Any], box: dict[str, Any], image: NDArray[np.uint8]) -> _Waiting:
-    inside = boxes.clip(boxes.from_xywh(box["bbox"]), record["width"], record["height"])
-    assert inside is not None, "the index holds only boxes that overlap their image"
-    return _Waiting(_label_row(task, record, box), box["segmentation"], BoxItem(image, inside))
+def _arrived(task: LabelTask, record: dict[str, Any], image: NDArray[np.uint8]) -> Iterator[_Waiting]:
+    """The boxes of an image that has been decoded."""
+    inside = []
+    for box in record["boxes"]:
+        clipped = boxes.clip(boxes.from_xywh(box["bbox"]), record["width"], record["height"])
+        assert clipped is not None, "the index holds only boxes that overlap their image"
+        inside.append(clipped)
+    for box, clipped, overlap in zip(record["boxes"], inside, boxes.overlaps(inside), strict=True):
+        row = _label_row(task, record, box) | {"overlap": overlap}
+        yield _Waiting(row, box["segmentation"], BoxItem(image, clipped))
 
 
 def _label_row(
@@ -149,44 +154,54 @@ def _run(task: LabelTask, predictor: Predictor, batch: Sequence[_Waiting]) -> li
         if len(batch) == 1:
             raise
     else:
-        return [_filled(task, waiting, result) for waiting, result in zip(batch, results, strict=True)]
+        evidence = [_fill(task, waiting, result) for waiting, result in zip(batch, results, strict=True)]
+        rows = [waiting.row for waiting in batch]
+        for row, value in zip(rows, _estimates(task, rows, np.array(evidence)), strict=True):
+            row["quality"] = float(value)
+        return rows
     half = len(batch) // 2
     return _run(task, predictor, batch[:half]) + _run(task, predictor, batch[half:])
 
 
-def _filled(task: LabelTask, waiting: _Waiting, result: MaskResult) -> dict[str, Any]:
-    row = waiting.row
+def _fill(task: LabelTask, waiting: _Waiting, result: MaskResult) -> quality.Evidence:
+    """Put a mask and all that was measured of it into its row; returns what its quality is estimated from."""
+    row, box = waiting.row, waiting.item.box
     size = (row["height"], row["width"])
     counts, pixels = result.counts, result.area
     if task.cleaning:
         counts = clean(counts, *size, task.cleaning)
         pixels = masks.area(counts, *size)
     row["counts"], row["area"] = counts, pixels
-    row.update(_quality(task, waiting.item.box, row, result))
     if waiting.truth is not None:
-        try:
-            truth = masks.from_segmentation(json.loads(waiting.truth), *size)
-        except InputError:  # the box is labelled all the same; there is nothing to compare its mask with
-            return row
-        found = masks.rle(counts, *size)
-        row["iou"], row["boundary_iou"] = masks.iou(found, truth), masks.boundary_iou(found, truth)
-    return row
-
-
-def _quality(task: LabelTask, box: boxes.Box, row: dict[str, Any], result: MaskResult) -> dict[str, Any]:
-    """The estimate of the mask's IoU, and what it is made of."""
+        row.update(_compared(masks.rle(counts, *size), waiting.truth))
     evidence = quality.evidence(
         box,
-        row["area"],
-        quality.tightness(masks.bounds(row["counts"], row["height"], row["width"]), box),
+        pixels,
+        quality.tightness(masks.bounds(counts, *size), box),
         mean_probability=result.mean_probability,
         stability=result.stability,
+        overlap=row["overlap"],
+        agreement=result.agreement,
     )
-    estimate = task.calibration or quality.default_quality
-    return {
-        "quality": float(estimate(np.array([evidence]))[0]),
-        "mean_probability": evidence.mean_probability,
-        "stability": evidence.stability,
-        "tightness": evidence.tightness,
-        "agreement": result.agreement,
-    }
+    row["mean_probability"], row["stability"] = evidence.mean_probability, evidence.stability
+    row["tightness"], row["agreement"] = evidence.tightness, result.agreement
+    return evidence
+
+
+def _compared(mask: masks.Rle, truth: str) -> dict[str, float]:
+    """What a mask has in common with that of the input file, its JSON text; nothing if that cannot be used."""
+    try:
+        wanted = masks.from_segmentation(json.loads(truth), *mask["size"])
+    except InputError:  # the box is labelled all the same; there is nothing to compare its mask with
+        return {}
+    return {"iou": masks.iou(mask, wanted), "boundary_iou": masks.boundary_iou(mask, wanted)}
+
+
+def _estimates(
+    task: LabelTask, label_rows: Sequence[dict[str, Any]], evidence: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The quality of some masks."""
+    if task.calibration is None:
+        return quality.default_quality(evidence)
+    names = [task.categories.get(row["category_id"], str(row["category_id"])) for row in label_rows]
+    return task.calibration(evidence, names)

@@ -68,6 +68,8 @@ class LabelTask:
     """Opens an encrypted checkpoint."""
     calibration: Calibration | None = None
     """How quality is estimated; None: the uncalibrated ranking."""
+    categories: Mapping[int, str] = field(default_factory=dict)
+    """Names of the classes, which a calibration may know; by id."""
 
     def shard_path(self, shard: int) -> str:
         """The parquet file of a finished shard; its presence means the shard is done."""
@@ -105,6 +107,7 @@ def make_task(
     load_mask: bool,
     gpu: bool,
     results_dir: str | None = None,
+    categories: Mapping[int, str] | None = None,
 ) -> LabelTask:
     """The task of one labelling run in ``folder``, from the spec; ``results_dir`` is where a pause is asked for."""
     threads = max(1, int(pool.cpus_per_actor))
@@ -136,6 +139,7 @@ def make_task(
         cleaning=Cleaning(pool.fill_holes, pool.largest_component, pool.min_component_area),
         encryption_key=spec.encryption_key,
         calibration=_calibration(pool.quality_path),
+        categories=dict(categories or {}),
     )
 
 
