@@ -4,14 +4,23 @@ For pixel i and each neighbour j of its k x k window: ``K_ij = exp(-|I_i - I_j|^
 Iterated from the clamped probabilities q: ``m0 = sum_j K_ij * -log(1 - q_j)``, ``m1 = sum_j K_ij * -log(q_j)``,
 ``a0 = exp(-m0)``, ``a1 = exp(-m1) * box``, ``q = clamp(a1 / (1e-6 + a0 + a1))``.
 
-K is computed once and is symmetric, so only one of each pair of opposite neighbours is stored; neighbours are read as
-shifted views of the map, without the k^2 copies that unfolding would make.
+K is computed once and is symmetric, so only one of each pair of opposite neighbours is stored. There are three ways to
+compute the same: a compiled loop on CPUs (`mal.model.mean_field_cpu`), a Triton kernel on NVIDIA's GPUs
+(`mal.model.mean_field_gpu`), and plain torch for everything else, which the tests compare the others with.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
 
 Slices = tuple[slice, slice]
 EPSILON = 1e-6
@@ -68,6 +77,81 @@ def mean_field(
         [B, H, W], float32, in [low, high]. No gradient.
     """
     assert kernel_size % 2 == 1, f"the neighbourhood needs a centre: {kernel_size}"
+    way = plain
+    if probabilities.numel() and 0.0 < low <= high < 1.0:  # the compiled logarithm knows positive numbers only
+        way = fastest(probabilities.device.type, kernel_size)
+    return way(
+        image.detach(),
+        probabilities.detach(),
+        None if box_mask is None else box_mask.detach(),
+        kernel_size=kernel_size,
+        zeta=zeta,
+        iterations=iterations,
+        low=low,
+        high=high,
+    )
+
+
+@functools.cache
+def fastest(device_type: str, kernel_size: int = 3) -> Callable[..., Tensor]:
+    """The way that is fastest on a kind of device, of those that can be had there. All take what `mean_field` takes.
+
+    What is missing is said once, in the log. ``MAL_PLAIN_MEAN_FIELD=1`` in the environment leaves only plain torch.
+    """
+    if os.environ.get("MAL_PLAIN_MEAN_FIELD") == "1":
+        return plain
+    if device_type == "cpu":
+        return _loop() or plain
+    if device_type == "cuda" and kernel_size > 1:
+        return _kernel(kernel_size) or plain
+    return plain
+
+
+def _loop() -> Callable[..., Tensor] | None:
+    """The compiled loop, if numba can be had here."""
+    try:
+        from mal.model.mean_field_cpu import fused
+    except (ImportError, RuntimeError, OSError) as error:  # no numba, none for this numpy, nowhere to keep its results
+        _LOG.info("the mean field runs in plain torch, four times slower than compiled by numba: %s", error)
+        return None
+
+    def loop(image: Tensor, probabilities: Tensor, box_mask: Tensor | None, **options: Any) -> Tensor:
+        box = None if box_mask is None else box_mask.float().numpy()
+        q = fused(image.float().numpy(), probabilities.float().numpy(), box, threads=torch.get_num_threads(), **options)
+        return torch.from_numpy(q)
+
+    return loop
+
+
+def _kernel(kernel_size: int) -> Callable[..., Tensor] | None:
+    """The Triton kernel, if Triton can be had here and the neighbourhood fits its windows."""
+    try:
+        from mal.model.mean_field_gpu import MOST_REACH, tiled
+    except ImportError as error:
+        _LOG.info("the mean field runs in plain torch, not in a kernel of its own: %s", error)
+        return None
+    if kernel_size // 2 > MOST_REACH:
+        return None
+
+    def kernel(image: Tensor, probabilities: Tensor, box_mask: Tensor | None, **options: Any) -> Tensor:
+        with torch.cuda.device(probabilities.device):
+            return tiled(image, probabilities, box_mask, **options)
+
+    return kernel
+
+
+def plain(
+    image: Tensor,
+    probabilities: Tensor,
+    box_mask: Tensor | None,
+    *,
+    kernel_size: int,
+    zeta: float,
+    iterations: int,
+    low: float,
+    high: float,
+) -> Tensor:
+    """`mean_field` in plain torch, anywhere: neighbours are shifted views, without the k^2 copies of unfolding."""
     box = None if box_mask is None else box_mask.float()
     q = probabilities.float() if box is None else probabilities.float() * box
     q = q.clamp(low, high)

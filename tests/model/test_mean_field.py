@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mal.model.mean_field import mean_field, refine
+from mal.model import mean_field as module
+from mal.model.mean_field import fastest, mean_field, plain, refine
 
 
 def unfolded(
@@ -62,8 +67,70 @@ def test_equals_the_unfolded_formula(
     box = (torch.rand(2, height, width, generator=random) * 1.5).clamp(max=1).double() if boxed else None
     options = {"kernel_size": kernel_size, "zeta": zeta, "iterations": 3, "low": 0.1, "high": 0.9}
     expected = unfolded(image, probabilities, box, **options)  # type: ignore[arg-type]
-    q = mean_field(image, probabilities, box, **options)  # type: ignore[arg-type]
-    torch.testing.assert_close(q, expected.float(), rtol=1e-4, atol=1e-4)
+    for way in (mean_field, plain):
+        q = way(image, probabilities, box, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(q, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 70), st.integers(1, 70)),
+    kernel_size=st.sampled_from([1, 3, 5, 7, 9]),
+    zeta=st.sampled_from([0.5, 2.0]),
+    limits=st.sampled_from([(0.1, 0.9), (0.001, 0.99), (0.4, 0.4)]),
+    boxed=st.booleans(),
+    strided=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+def test_compiled_loop_equals_plain_torch(
+    seed: int,
+    shape: tuple[int, int, int, int],
+    kernel_size: int,
+    zeta: float,
+    limits: tuple[float, float],
+    boxed: bool,
+    strided: bool,
+    threads: int,
+) -> None:
+    batch, channels, height, width = shape
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randn(batch, channels, height, width, generator=random)
+    probabilities = torch.rand(batch, height, width, generator=random)
+    box = (torch.rand(batch, height, width, generator=random) * 1.5).clamp(max=1) if boxed else None
+    if strided:
+        image = image.to(memory_format=torch.channels_last)
+        probabilities = probabilities.transpose(1, 2).contiguous().transpose(1, 2)
+    options = {"kernel_size": kernel_size, "zeta": zeta, "iterations": 3, "low": limits[0], "high": limits[1]}
+    assert fastest("cpu") is not plain, "numba is a dependency of this project"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q = mean_field(image, probabilities, box, **options)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+    expected = plain(image, probabilities, box, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(q, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_numba_plain_torch_is_used_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "mal.model.mean_field_cpu", None)
+    monkeypatch.setattr(module, "fastest", functools.cache(fastest.__wrapped__))
+    inputs = torch.randn(1, 3, 6, 6), torch.rand(1, 6, 6), None
+    with caplog.at_level(logging.INFO):
+        first, second = mean_field(*inputs), mean_field(*inputs)
+    assert torch.equal(first, second)
+    assert [r.getMessage().startswith("the mean field runs in plain torch") for r in caplog.records] == [True]
+
+
+def test_limits_that_the_compiled_logarithm_does_not_know_are_left_to_plain_torch() -> None:
+    image, probabilities = torch.randn(1, 3, 6, 6), torch.rand(1, 6, 6)
+    options = {"kernel_size": 3, "zeta": 1.0, "iterations": 1, "low": 0.0, "high": 0.9}
+    q = mean_field(image, probabilities, None, **options)  # type: ignore[arg-type]
+    assert torch.equal(q, plain(image, probabilities, None, **options))  # type: ignore[arg-type]
+    assert mean_field(torch.randn(0, 3, 6, 6), torch.rand(0, 6, 6), None).shape == (0, 6, 6)
 
 
 def test_snaps_to_a_colour_edge() -> None:
@@ -93,12 +160,13 @@ def test_half_precision_is_computed_in_single() -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.parametrize("way", [refine, plain])
 @pytest.mark.parametrize("box", ["box", "none"])
 @pytest.mark.parametrize("run", ["k3_it100_z0.1", "k5_it10_z0.1", "k3_it10_z0.5"])
-def test_masks_are_the_peers(reference, run: str, box: str) -> None:
+def test_masks_are_the_peers(reference, run: str, box: str, way: Callable[..., Tensor]) -> None:
     saved = reference.load("mean_field.pt")
     expected = saved["runs"][f"{run}_{box}"]
-    mask = refine(
+    mask = way(
         saved["image"],
         saved["seg"],
         saved["boxmask"] if expected["use_box"] else None,
@@ -108,22 +176,23 @@ def test_masks_are_the_peers(reference, run: str, box: str) -> None:
         low=expected["low"],
         high=expected["high"],
     )
+    mask = mask if way is refine else (mask > 0.5).float()
     ambiguous = (expected["soft64"] - 0.5).abs() < 1e-3
     assert ambiguous.sum() == expected["n_ambiguous_1e3"]
     assert not ((mask != expected["out"]) & ~ambiguous).any()
 
 
 def test_is_faster_than_unfolding() -> None:
-    """Measured: 5.5 times; asked: more than twice, as the machine may be busy."""
-    image, probabilities, box = torch.randn(4, 3, 128, 128), torch.rand(4, 128, 128), torch.ones(4, 128, 128)
-    options = {"kernel_size": 3, "zeta": 0.1, "iterations": 10, "low": 0.1, "high": 0.9}
+    """Measured: 18 times on one thread; asked: more than six, as the machine may be busy."""
+    image, probabilities, box = torch.randn(1, 3, 128, 128), torch.rand(1, 128, 128), torch.ones(1, 128, 128)
+    options = {"kernel_size": 3, "zeta": 0.1, "iterations": 20, "low": 0.1, "high": 0.9}
 
     def seconds(function) -> float:
         times = []
-        for _ in range(3):
+        for _ in range(4):
             start = time.process_time()
             function(image, probabilities, box, **options)
             times.append(time.process_time() - start)
         return min(times)
 
-    assert 2 * seconds(mean_field) < seconds(unfolded)
+    assert 6 * seconds(mean_field) < seconds(unfolded)
