@@ -48,16 +48,23 @@ def encode(mask: NDArray[np.bool_] | NDArray[np.uint8], window: Window, height: 
         window: where the mask lies; what leaves the image is dropped.
         height, width: of the image.
     """
+    return encode_bounded(mask, window, height, width)[0]
+
+
+def encode_bounded(
+    mask: NDArray[np.bool_] | NDArray[np.uint8], window: Window, height: int, width: int
+) -> tuple[str, Window | None]:
+    """`encode`, and the `bounds` of what it encodes, which cost nothing at that moment."""
     inside = within(window, width, height)
     if inside is None:
-        return str(RLEMask.zeros((height, width)).to_dict()["counts"], "ascii")
+        return str(RLEMask.zeros((height, width)).to_dict()["counts"], "ascii"), None
     part = mask[
         inside.y0 - window.y0 : inside.y1 - window.y0,
         inside.x0 - window.x0 : inside.x1 - window.x0,
     ]
     encoded = RLEMask.from_array(np.asfortranarray(part).view(np.uint8))
     padded = encoded.pad(inside.y0, height - inside.y1, inside.x0, width - inside.x1)
-    return str(padded.to_dict()["counts"], "ascii")
+    return str(padded.to_dict()["counts"], "ascii"), _bounds(padded)
 
 
 def decode(counts: str, height: int, width: int) -> NDArray[np.uint8]:
@@ -72,7 +79,10 @@ def area(counts: str, height: int, width: int) -> int:
 
 def bounds(counts: str, height: int, width: int) -> Window | None:
     """The smallest window that holds the mask; None for an empty one. Raises InputError."""
-    mask = _parse(counts, height, width)
+    return _bounds(_parse(counts, height, width))
+
+
+def _bounds(mask: RLEMask) -> Window | None:
     if not mask.any():
         return None
     x, y, w, h = (int(value) for value in mask.bbox())

@@ -33,6 +33,7 @@ class MaskResult(NamedTuple):
     area: int  # mask pixels
     mean_probability: float  # of the mask's pixels, 0..1; 0 for an empty mask
     stability: float  # IoU of the masks at a stricter and at a laxer threshold (`STABILITY_OFFSET`); 0 for an empty one
+    bounds: Window | None = None  # the smallest that holds the mask; None for an empty one
     agreement: float | None = None  # of the networks and mirrored views, 0..1, if there are several (`agreement`)
 
 
@@ -193,5 +194,6 @@ def _encode(
         mask = packed[start:stop].reshape(pixels.width, pixels.height).T
         start = stop
         count = int(np.count_nonzero(mask))
-        counts = masks.encode(mask, pixels, place.height, place.width)
-        yield MaskResult(counts, count, total / count if count else 0.0, strict / lax if count else 0.0)
+        counts, bounds = masks.encode_bounded(mask, pixels, place.height, place.width)
+        mean, stability = (total / count, strict / lax) if count else (0.0, 0.0)
+        yield MaskResult(counts, count, mean, stability, bounds)

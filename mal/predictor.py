@@ -1,16 +1,18 @@
 """Crops in, masks out: the one way to get a mask. Used by labelling, by evaluation and by validation during training.
 
-    boxes --prepare--> normalised crops --run--> logits --finish--> RLEs
+    boxes --crops_of--> normalised crops --answer--> logits --masks_of--> RLEs
 
-The three stages can run in threads of their own, so that the device never waits (`Predictor.predict` chains them).
-Nothing here is the size of the image: a mask is computed for the pixels of its box alone.
+The three stages can run in threads of their own, so that the device never waits (`mal.labelling.pipeline`); on a GPU
+each has a stream of its own, and what one hands to the next carries an event to wait for. `Predictor.predict` chains
+them. Nothing here is the size of the image: a mask is computed for the pixels of its box alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -53,6 +55,37 @@ class Batch:
     images: Tensor  # [B, 3, S, S] float32, normalised, contiguous, on the device
     areas: Tensor  # [B] float64, box areas in px^2; on the CPU, where the network reads them
     placements: list[Placement]
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The boxes ``start..stop`` alone."""
+        return Batch(self.images[start:stop], self.areas[start:stop], self.placements[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """Boxes on their way to the network: a batch for each of the predictor's margins, and when it is there."""
+
+    batches: list[Batch]
+    ready: torch.cuda.Event | None = None  # on a GPU: recorded after the last of the work that makes the batches
+
+    def halves(self) -> list[Crops]:
+        """The same boxes in two parts; they must be two at least."""
+        count = len(self.batches[0].placements)
+        assert count > 1
+        return [
+            Crops([batch.part(start, stop) for batch in self.batches], self.ready)
+            for start, stop in ((0, count // 2), (count // 2, count))
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the network says of some crops."""
+
+    crops: Crops
+    logits: list[Tensor]  # for each batch: [B, h, w] float32
+    agreement: Tensor | None  # [B], if there are several opinions
+    ready: torch.cuda.Event | None = None
 
 
 class Predictor:
@@ -108,21 +141,61 @@ class Predictor:
         self.dtype = _AUTOCAST[precision]
         self.flip = flip
         self.networks = [net.to(self.device).eval() for net in (network, mix_with) if net is not None]
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        if self.device.type == "cuda":
+            self._streams = {stage: torch.cuda.Stream(self.device) for stage in ("crops", "masks")}
 
     def predict(self, items: Sequence[BoxItem]) -> list[MaskResult]:
         """The masks of ``items``, in their order, as one batch (the caller bounds its size)."""
-        if not items:
-            return []
-        found = []
-        for margin in self.margins:
-            batch = self.prepare(items, margin)
-            found.append((batch, self.views(batch)))
-        pasted = [(self.merge(views, batch), batch) for batch, views in found]
-        results = self.finish(*pasted[0], *pasted[1:])
-        views = found[0][1]
-        if len(views) == 1:
-            return results
-        return [result._replace(agreement=a) for result, a in zip(results, agreement(views).tolist(), strict=True)]
+        return self.masks_of(self.answer(self.crops_of(items))) if items else []
+
+    def crops_of(self, items: Sequence[BoxItem]) -> Crops:
+        """The first stage: what the network reads of ``items``, at least one. The images are not needed afterwards."""
+        with self._on_stream("crops") as stream:
+            batches = [self.prepare(items, margin) for margin in self.margins]
+            return Crops(batches, _event(stream))
+
+    def answer(self, crops: Crops) -> Answer:
+        """The second stage: the network. On a GPU it returns before the device is done."""
+        stream = self._wait_for(crops.ready, [batch.images for batch in crops.batches])
+        logits, first = [], None
+        for batch in crops.batches:
+            views = self.views(batch)
+            first = views if first is None else first
+            logits.append(self.merge(views, batch))
+        assert first is not None
+        opinions = agreement(first) if len(first) > 1 else None
+        return Answer(crops, logits, opinions, _event(stream))
+
+    def masks_of(self, answer: Answer) -> list[MaskResult]:
+        """The third stage: from logits to RLEs. It waits for the device."""
+        with self._on_stream("masks"):
+            tensors = [*answer.logits, *([] if answer.agreement is None else [answer.agreement])]
+            self._wait_for(answer.ready, tensors)
+            pasted = list(zip(answer.logits, answer.crops.batches, strict=True))
+            results = self.finish(*pasted[0], *pasted[1:])
+            if answer.agreement is None:
+                return results
+            agreed = answer.agreement.tolist()
+            return [result._replace(agreement=value) for result, value in zip(results, agreed, strict=True)]
+
+    @contextlib.contextmanager
+    def _on_stream(self, stage: str) -> Iterator[torch.cuda.Stream | None]:
+        """On a GPU: what the block starts goes into the stage's own stream."""
+        stream = self._streams.get(stage)
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            yield stream
+
+    def _wait_for(self, ready: torch.cuda.Event | None, tensors: Sequence[Tensor]) -> torch.cuda.Stream | None:
+        """On a GPU: the current stream waits for ``ready`` before it reads ``tensors``, made in another one."""
+        if self.device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(self.device)
+        if ready is not None:
+            stream.wait_event(ready)
+        for tensor in tensors:
+            tensor.record_stream(stream)  # or their memory could be given away while they are read
+        return stream
 
     def prepare(self, items: Sequence[BoxItem], margin: float | None = None) -> Batch:
         """Cut, resize and normalise (METHOD section 2). Needs no network: may run ahead in other threads.
@@ -132,19 +205,21 @@ class Predictor:
         """
         size = self.crop_size
         areas = [area(item.box) for item in items]
-        images = torch.empty(len(items), 3, size, size, device=self.device)
-        placements = []
-        for item, band, image in zip(items, band_index(areas), images, strict=True):
+        windows = [central_window(item.box, (self.margins[0] if margin is None else margin,) * 2) for item in items]
+        for item in items:
             assert item.image.dtype == np.uint8, item.image.dtype
             assert item.image.ndim == 3, item.image.shape
-            height, width = item.image.shape[:2]
-            window = central_window(item.box, (self.margins[0] if margin is None else margin,) * 2)
-            source = _upload(crops.cut(item.image, window), self.device)
+        pixels = [crops.cut(item.image, window) for item, window in zip(items, windows, strict=True)]
+        images = torch.empty(len(items), 3, size, size, device=self.device)
+        for image, source in zip(images, _upload(pixels, self.device), strict=True):
             image.copy_(_resize(source, size, whole=source.device.type == "cpu"))
-            rows, columns = crops.box_mask_axes(window, item.box, width, height, size)
-            pixels = outer_pixels(item.box, width, height)
-            placements.append(Placement(window, pixels, rows, columns, height, width, self.thresholds[band]))
         _normalise(images)
+        placements = []
+        for item, window, band in zip(items, windows, band_index(areas), strict=True):
+            height, width = item.image.shape[:2]
+            rows, columns = crops.box_mask_axes(window, item.box, width, height, size)
+            inside = outer_pixels(item.box, width, height)
+            placements.append(Placement(window, inside, rows, columns, height, width, self.thresholds[band]))
         return Batch(images, torch.tensor(areas, dtype=torch.float64), placements)
 
     def run(self, batch: Batch) -> Tensor:
@@ -181,6 +256,11 @@ class Predictor:
         return paste([(logits, batch.placements), *((more, other.placements) for more, other in views)])
 
 
+def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """The moment up to which ``stream`` has got, to be waited for by others."""
+    return None if stream is None else cast(torch.cuda.Event, stream.record_event())
+
+
 def agreement(views: Tensor) -> Tensor:
     """How far several opinions agree: sum of the least probabilities over sum of the greatest, per box.
 
@@ -200,13 +280,29 @@ def _logits(network: nn.Module, images: Tensor, areas: Tensor) -> Tensor:
     return (logits[:, 0] if logits.ndim == 4 else logits).float()
 
 
-def _upload(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Pixels ``[h, w, 3]`` as a tensor where they are to be resized."""
-    if not pixels.flags.writeable:  # Ray's arrays are read-only, which torch warns of
-        pixels = pixels.copy()
-    tensor = torch.from_numpy(pixels)
-    fits = device.type == "cuda" and tensor.shape[0] * tensor.shape[1] <= LARGEST_UPLOAD
-    return tensor.to(device) if fits else tensor
+def _upload(pixels: Sequence[NDArray[np.uint8]], device: torch.device) -> list[Tensor]:
+    """Windows ``[h, w, 3]`` as tensors where they are to be resized; to a GPU in one transfer, from pinned memory."""
+    tensors: list[Tensor | None] = [None] * len(pixels)
+    small = [i for i, one in enumerate(pixels) if device.type == "cuda" and one.size <= 3 * LARGEST_UPLOAD]
+    for i in set(range(len(pixels))).difference(small):
+        # Ray's arrays are read-only, which torch warns of.
+        tensors[i] = torch.from_numpy(pixels[i] if pixels[i].flags.writeable else pixels[i].copy())
+    if small:
+        packed = pack([pixels[i] for i in small], pinned=True).to(device, non_blocking=True)
+        parts = packed.split([pixels[i].size for i in small])
+        for i, part in zip(small, parts, strict=True):
+            tensors[i] = part.view(pixels[i].shape)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def pack(pixels: Sequence[NDArray[np.uint8]], *, pinned: bool) -> Tensor:
+    """The values of all arrays, one after the other, in one tensor; in pinned memory a copy of it needs no waiting."""
+    packed = torch.empty(sum(one.size for one in pixels), dtype=torch.uint8, pin_memory=pinned)
+    place = 0
+    for one in pixels:
+        packed[place : place + one.size].numpy().reshape(one.shape)[...] = one
+        place += one.size
+    return packed
 
 
 def _resize(pixels: Tensor, size: int, whole: bool) -> Tensor:

@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mal.errors import StorageError
+
+T = TypeVar("T")
 
 _REMOTE_ATTEMPTS = 8
 _READ_PAUSES = (0.2, 0.8, 3.2)
@@ -139,14 +142,27 @@ def open_read(path: str) -> pa.NativeFile:
 
 def read_bytes(path: str) -> bytes:
     """The whole content. A connection to an object store that breaks while it is read is tried again, with backoff."""
+    return retried(path, _read_once)
+
+
+def retried(path: str, read: Callable[[str], T]) -> T:
+    """``read(path)``; if ``path`` is in an object store, again after some time when the store or the line fails.
+
+    The client retries requests by itself, but not a response that breaks off.
+
+    Raises:
+        StorageError: it failed every time, or there is no such file.
+    """
     for pause in _READ_PAUSES if is_remote(path) else ():
         try:
-            return _read_once(path)
+            with _explained(path, "read"):
+                return read(path)
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise
-            time.sleep(pause)
-    return _read_once(path)
+            time.sleep(pause * random.uniform(0.5, 1.5))  # so that many actors do not come back at the same moment
+    with _explained(path, "read"):
+        return read(path)
 
 
 def _read_once(path: str) -> bytes:

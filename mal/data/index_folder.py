@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +108,9 @@ class Index:
         """
         if not 0 <= number < self.shards:
             raise IndexError(f"shard {number} of {self.shards}")
-        path = storage.join(self.folder, INDEX_FILE)
+        return storage.retried(storage.join(self.folder, INDEX_FILE), lambda path: self._row_group(path, number))
+
+    def _row_group(self, path: str, number: int) -> pa.Table:
         with storage.open_read(path) as source:
             try:
                 file = pq.ParquetFile(source, metadata=self._metadata)
@@ -119,6 +122,16 @@ class Index:
     def rejected(self) -> pa.Table:
         """The account (`mal.rows.LEDGER`) of the annotations that are not in the index, in no order."""
         return _read_table(storage.join(self.folder, REJECTED_FILE), rows.LEDGER)
+
+    def rejected_parts(self) -> Iterator[pa.Table]:
+        """`rejected`, some rows at a time."""
+        path = storage.join(self.folder, REJECTED_FILE)
+        with storage.open_read(path) as source:
+            try:
+                for batch in pq.ParquetFile(source).iter_batches():
+                    yield pa.Table.from_batches([batch]).cast(rows.LEDGER)
+            except (OSError, pa.ArrowException) as error:
+                raise StorageError(f"{path}: cannot read it: {error}") from error
 
     def kept(self) -> pa.Table:
         """Crowd annotations (`mal.rows.KEPT`)."""

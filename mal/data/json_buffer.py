@@ -15,7 +15,7 @@ import msgspec
 import pyarrow as pa
 
 from mal import storage
-from mal.errors import InputError, StorageError
+from mal.errors import InputError
 
 CHUNK_BYTES = 16 * 2**20
 """How much of a file is read and decoded at a time."""
@@ -63,6 +63,7 @@ class JsonBuffer:
         self._on_block = on_block
         self._file: pa.NativeFile = storage.open_read(path)
         self._file.seek(start)
+        self._offset = start
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-json")
         self._coming = self._reader.submit(self._read)
         self._buffer = b""
@@ -122,12 +123,22 @@ class JsonBuffer:
 
     def _read(self) -> bytes:
         """Read the next block (in the reader's thread, ahead of the need)."""
-        try:
-            block: bytes = self._file.read(self._chunk_bytes)
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(f"{self.path}: cannot read it: {error}") from error
+        block = storage.retried(self.path, self._read_on)
         if block and self._on_block is not None:
             self._on_block(block)
+        return block
+
+    def _read_on(self, path: str) -> bytes:
+        """The next bytes of the file, which is opened anew at their place if it broke before."""
+        if self._file.closed:
+            self._file = storage.open_read(path)
+            self._file.seek(self._offset)
+        try:
+            block: bytes = self._file.read(self._chunk_bytes)
+        except (OSError, pa.ArrowException):
+            self._file.close()
+            raise
+        self._offset += len(block)
         return block
 
     def skip_space(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mal import pretrained, storage
 from mal.errors import MalError
-from mal.inference.merge import MergeCounts, OutputOptions, merge
+from mal.inference.merge import MergeCounts, OutputOptions, merge, shards_folder
 from mal.labelling.actor import ShardLabeler
 from mal.labelling.run import LabelledRun, label_file
 from mal.run.progress import duration
@@ -63,7 +63,7 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
             "merge_seconds": merge_seconds,
             "boxes_per_second": run.boxes / run.seconds if run.seconds else None,
             "actors": run.actors,
-            "labels": labels,
+            "labels": shards_folder(labels) if settings.label_files == "shards" else labels,
             "shards": storage.parent(run.shards[0]) if run.shards else None,
             "ledger": ledger,
         }
@@ -82,6 +82,7 @@ def output_options(settings: InferenceSpec) -> OutputOptions:
         dump_quality=settings.dump_quality,
         min_quality=settings.min_quality,
         drop_low_quality=settings.low_quality == "drop",
+        per_shard=settings.label_files == "shards",
     )
 
 

@@ -1,26 +1,30 @@
-"""From finished shards to one COCO JSON and the ledger of every box, streamed: no more than one row group in memory."""
+"""From finished shards to one COCO JSON (or one per shard) and the ledger of every box: a few shards in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mal import rows, storage
 from mal.data.index import Index
-from mal.polygons import to_polygons
+from mal.data.json_stream import JsonFile
+from mal.inference.annotations import OutputOptions, annotation_texts, joined
 
 _BLOCK = 8 * 2**20
 _ROWS = 8192
-_COLUMNS = [name for name in rows.LABELS.names if name not in ("file_name", "model", "boundary_iou")]
+_READ_AHEAD = 4
+_COLUMNS = [name for name in rows.LABELS.names if name not in ("file_name", "model", "boundary_iou", "overlap")]
 """Columns that the output needs."""
 _COMPRESSION = 3
 """Level of gzip: a third larger than at the highest, and several times faster."""
@@ -44,18 +48,6 @@ class MergeCounts:
         return self.labelled + self.clipped + self.crowd + self.rejected.total()
 
 
-@dataclass(frozen=True)
-class OutputOptions:
-    """How the COCO file is written. It is a view of the shards: other options need no other masks."""
-
-    polygons: bool = False
-    """Masks as polygons instead of RLEs; empty masks stay RLEs, as there is no polygon of nothing."""
-    dump_quality: bool = False
-    min_quality: float = 0.0
-    drop_low_quality: bool = False
-    """Leave masks below ``min_quality`` out, instead of marking them."""
-
-
 def merge(
     index: Index, shards: Sequence[str], label_path: str, ledger_path: str, options: OutputOptions | None = None
 ) -> MergeCounts:
@@ -66,25 +58,74 @@ def merge(
 
     Args:
         label_path: compressed if it ends in ``.gz``.
+        options: with ``per_shard`` there are files of that content in the folder `shards_folder` of ``label_path``.
     """
     options = options or OutputOptions()
     counts = MergeCounts()
-    encoder = msgspec.json.Encoder()
-    with _open_labels(label_path) as out, storage.open_write(ledger_path) as book:
-        ledger = pq.ParquetWriter(book, rows.LEDGER, compression="zstd")
-        ledger.write_table(_booked(index.rejected(), counts))
-        first = _copy_rest(index, out)
-        for labels in _label_batches(shards):
-            batch = _judged(labels, options)
-            ledger.write_table(_booked(_ledger_rows(batch), counts))
-            labelled = batch.filter(pa.compute.is_valid(batch["counts"]))
-            texts = [encoder.encode(_annotation(row, options)) for row in labelled.to_pylist()]
-            first = _write_items(out, texts, first)
-        for kept in index.kept().to_batches(max_chunksize=_ROWS):
-            first = _write_items(out, [text.encode() for text in kept["text"].to_pylist()], first)
-        out.write(b"\n]}\n")
-        ledger.close()
+    with storage.open_write(ledger_path) as book, pq.ParquetWriter(book, rows.LEDGER, compression="zstd") as ledger:
+        for part in index.rejected_parts():
+            ledger.write_table(_booked(part, counts))
+        judged = _judged_and_booked(shards, options, ledger, counts)
+        if options.per_shard:
+            _write_files(index, judged, label_path, options)
+        else:
+            _write_one(index, judged, label_path, options)
     return counts
+
+
+def _judged_and_booked(
+    shards: Sequence[str], options: OutputOptions, ledger: pq.ParquetWriter, counts: MergeCounts
+) -> Iterator[pa.Table]:
+    """The rows of each shard with a mask; what becomes of all of them goes into the ledger."""
+    for labels in _label_tables(shards):
+        table = _judged(labels, options)
+        ledger.write_table(_booked(_ledger_rows(table), counts))
+        yield table.filter(pa.compute.is_valid(table["counts"]))
+
+
+def _write_one(index: Index, labelled: Iterable[pa.Table], path: str, options: OutputOptions) -> None:
+    with _open_labels(path) as out:
+        items = _open_annotations(index, out)
+        for table in labelled:
+            items.write(annotation_texts(table, options))
+        _write_kept(index, items)
+        out.write(b"\n]}\n")
+
+
+def _write_files(index: Index, labelled: Iterable[pa.Table], path: str, options: OutputOptions) -> None:
+    """A COCO file per shard with its own images, and one with all that is left: other members, crowds, all images."""
+    folder, ending = shards_folder(path), ".json.gz" if path.endswith(".gz") else ".json"
+    categories = _categories(index)
+    for number, table in enumerate(labelled):
+        records = index.read_shard(number).select(["image_id", "file_name", "width", "height"]).to_pylist()
+        images = {record["image_id"]: {"id": record.pop("image_id"), **record} for record in records}
+        with _open_labels(storage.join(folder, f"part-{number:06d}{ending}")) as out:
+            out.write(b'{"images": ' + msgspec.json.encode(list(images.values())))
+            out.write(b',\n"categories": ' + categories + b',\n"annotations": [')
+            _Items(out).write(annotation_texts(table, options))
+            out.write(b"\n]}\n")
+    with _open_labels(storage.join(folder, f"rest{ending}")) as out:
+        _write_kept(index, _open_annotations(index, out))
+        out.write(b"\n]}\n")
+
+
+def shards_folder(label_path: str) -> str:
+    """Where the files of `OutputOptions.per_shard` go: ``labels`` for ``labels.json`` and ``labels.json.gz``."""
+    return label_path.removesuffix(".gz").removesuffix(".json")
+
+
+def _categories(index: Index) -> bytes:
+    """The JSON text of the input's categories; an empty list if it has none."""
+    with JsonFile(index.rest_path) as file:
+        for member in file.members():
+            if member.key == "categories":
+                return member.value()
+    return b"[]"
+
+
+def _write_kept(index: Index, items: _Items) -> None:
+    for kept in index.kept().to_batches(max_chunksize=_ROWS):
+        items.write(kept["text"])
 
 
 @contextlib.contextmanager
@@ -98,8 +139,8 @@ def _open_labels(path: str) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, packed)
 
 
-def _copy_rest(index: Index, out: BinaryIO) -> bool:
-    """Begin the file with everything but the annotations; returns True: no annotation has been written yet."""
+def _open_annotations(index: Index, out: BinaryIO) -> _Items:
+    """Begin a file with everything but the annotations."""
     with storage.open_read(index.rest_path) as source:
         left = source.size()
         empty = source.size() < 16 and not json.loads(source.read())
@@ -109,22 +150,54 @@ def _copy_rest(index: Index, out: BinaryIO) -> bool:
             left -= len(block)
             out.write(block if left else block.rstrip().removesuffix(b"}"))
     out.write(b'"annotations": [' if empty else b',\n"annotations": [')
-    return True
+    return _Items(out)
 
 
-def _write_items(out: BinaryIO, texts: Sequence[bytes], first: bool) -> bool:
-    """Write JSON texts as items of the array that is open; returns whether the next one is still the first."""
-    if not texts:
-        return first
-    out.write((b"\n" if first else b",\n") + b",\n".join(texts))
-    return False
+class _Items:
+    """Writes JSON texts as items of the array that is open."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._first = True
+
+    def write(self, texts: pa.Array | pa.ChunkedArray) -> None:
+        """The texts of a column without nulls."""
+        if not len(texts):
+            return
+        lines = joined(",\n", texts.cast(pa.large_string()))
+        chunks = lines.chunks if isinstance(lines, pa.ChunkedArray) else [lines]
+        for chunk in chunks:
+            text = _bytes_of(chunk)
+            self._out.write(text[1:] if self._first else text)
+            self._first = self._first and not len(chunk)
 
 
-def _label_batches(shards: Sequence[str]) -> Iterator[pa.Table]:
-    for path in shards:
-        with storage.open_read(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS, columns=_COLUMNS):
-                yield pa.Table.from_batches([batch])
+def _bytes_of(texts: pa.Array) -> memoryview:
+    """All texts of a large_string array, one after the other, without copying them."""
+    _, offsets, data = texts.buffers()
+    if data is None:
+        return memoryview(b"")
+    ends = np.frombuffer(offsets, np.int64)
+    return memoryview(data)[ends[texts.offset] : ends[texts.offset + len(texts)]]
+
+
+def _label_tables(shards: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of each shard; a few are read ahead, as object stores take their time."""
+
+    def read(path: str) -> pa.Table:
+        return storage.retried(path, _read_columns)
+
+    with ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="read-shard") as pool:
+        left, running = deque(shards), deque[Future[pa.Table]]()
+        while left or running:
+            while left and len(running) < _READ_AHEAD:
+                running.append(pool.submit(read, left.popleft()))
+            yield running.popleft().result()
+
+
+def _read_columns(path: str) -> pa.Table:
+    with storage.open_read(path) as file:
+        return pq.read_table(file, columns=_COLUMNS, use_threads=False)
 
 
 def _judged(labels: pa.Table, options: OutputOptions) -> pa.Table:
@@ -149,37 +222,6 @@ def _judged(labels: pa.Table, options: OutputOptions) -> pa.Table:
 def _with_column(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
     place = table.schema.get_field_index(name)
     return table.set_column(place, table.schema.field(place), values)
-
-
-def _annotation(row: dict[str, Any], options: OutputOptions) -> dict[str, Any]:
-    """A row of rows.LABELS as a COCO annotation; fields that MAL did not understand come back as they were."""
-    annotation: dict[str, Any] = {} if row["carried"] is None else _carried(row["carried"])
-    for stale in ("quality", "low_quality"):  # of an earlier labelling, whose output is the input now
-        annotation.pop(stale, None)
-    annotation.update(
-        id=row["id"],
-        image_id=row["image_id"],
-        category_id=row["category_id"],
-        bbox=row["bbox"],
-        iscrowd=0,
-        area=row["area"],
-        segmentation={"size": [row["height"], row["width"]], "counts": row["counts"]},
-    )
-    if options.polygons and row["area"]:
-        annotation["segmentation"] = to_polygons(row["counts"], row["height"], row["width"])
-    for name in ("score", "iou", "quality") if options.dump_quality else ("score", "iou"):
-        if row[name] is not None:
-            annotation[name] = row[name]
-    if row["reason"] is not None:
-        annotation["low_quality"] = True
-    return annotation
-
-
-_decode_carried = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-def _carried(text: str) -> dict[str, Any]:
-    return _decode_carried(text)
 
 
 def _ledger_rows(labels: pa.Table) -> pa.Table:

@@ -7,11 +7,13 @@ What can go wrong with one image, and what becomes of it:
     it cannot be used (`ImageError`)         its boxes are rejected with that reason
     its work raises something else           the shard is done again image by image; its boxes are rejected as `failed`
     its work kills the process               `mal.labelling.attempts` finds it; its boxes are rejected as `crashed`
+    it kills the CPU worker that decodes it  `mal.labelling.decoding` finds it; its boxes are rejected as `crashed`
     every image of a shard fails, and some   not the images' fault: the run stops with the error
     of other shards too
     after an error the network fails too     the process is of no use any more (a GPU's errors stay): it ends, which Ray
                                              mends with a new one, and which counts as killed by the image
-    the storage cannot be reached, is full   the run stops with the error
+    storage or CPU workers cannot be reached the run stops with the error
+    the disk is full                         the run stops with the error
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from numpy.typing import NDArray
 from mal import pretrained, storage
 from mal.boxes import Box
 from mal.data.index import open_index
-from mal.errors import CheckpointError, MalError, StorageError
+from mal.errors import CheckpointError, ClusterError, MalError, StorageError
 from mal.labelling.attempts import Attempts, one_by_one
-from mal.labelling.shard import decode_image, label_rows, rejected_rows
+from mal.labelling.decoding import Decode, Images, InThreads, OnNodes, decode_image
+from mal.labelling.shard import label_rows, rejected_rows
 from mal.labelling.task import LabelTask, file_fingerprint
 from mal.model.network import MalNetwork, build_network
 from mal.model.precision import compute_name
@@ -58,6 +61,9 @@ exception that passes through Ray Data arrives without its cause."""
 
 LEFT = -1
 """Stands for the shard's number in the report of one that was left for later, because of a pause."""
+
+OUT_OF_REACH = (StorageError, ClusterError)
+"""Errors that are no image's fault: the run stops."""
 
 _OTHERS = 4
 """Images of other shards that are tried when all of one shard fail: if none works, the images are not to blame."""
@@ -84,6 +90,7 @@ class ShardLabeler:
     def _begin(self) -> None:
         self.index = open_index(self.task.index_folder)
         self.predictor = self.load()
+        self.images = self.source()
         try:
             self._try_network()
         except Exception as error:  # what is wrong with every image shows here
@@ -93,8 +100,21 @@ class ShardLabeler:
         """The network, on its device."""
         return load_predictor(self.task)
 
+    def source(self) -> Images:
+        """Where the images come from."""
+        if self.task.decode_on_nodes:
+            return OnNodes(type(self), self.task, self.task.decode_threads)
+        return InThreads(self.pool, self.decode, self.task.decode_threads)
+
+    @classmethod
+    def decoder(cls, task: LabelTask) -> Decode:
+        """`decode` for a process that has no network: of a labeler that knows its task and nothing else."""
+        labeler = cls.__new__(cls)
+        labeler.task = task
+        return labeler.decode
+
     def decode(self, record: dict[str, Any]) -> NDArray[np.uint8]:
-        """The image of an index row as RGB [H, W, 3]. Raises ImageError."""
+        """The image of an index row as RGB [H, W, 3]. Raises ImageError. It may use nothing but ``self.task``."""
         return decode_image(self.task, record)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -141,7 +161,7 @@ class ShardLabeler:
         if not account.careful:
             try:
                 return self._label_rows(work)
-            except StorageError:
+            except OUT_OF_REACH:
                 raise
             except Exception as error:  # noqa: BLE001  whatever an image may cause
                 self._check_network(error)
@@ -162,7 +182,7 @@ class ShardLabeler:
                 return rejected_rows(self.task, row, "crashed")
             try:
                 return self._label_rows(row)
-            except StorageError:
+            except OUT_OF_REACH:
                 raise
             except Exception as error:  # noqa: BLE001  whatever an image may cause
                 self._check_network(error)
@@ -181,7 +201,7 @@ class ShardLabeler:
         for other in others:
             try:
                 self._label_rows(self.index.read_shard(other).slice(0, 1))
-            except StorageError:
+            except OUT_OF_REACH:
                 raise
             except Exception:  # noqa: BLE001  whatever an image may cause
                 continue
@@ -189,7 +209,7 @@ class ShardLabeler:
         return not others
 
     def _label_rows(self, work: pa.Table) -> pa.Table:
-        return label_rows(self.task, self.predictor, self.pool, work, self.decode)
+        return label_rows(self.task, self.predictor, self.images, work)
 
     def _try_network(self) -> None:
         side = self.task.crop_size

@@ -51,6 +51,7 @@ class LabelTask:
     threads: int
     """Threads of the network on a CPU."""
     decode_threads: int
+    """Images that are decoded at the same time for an actor."""
     use_gpu: bool
     results_dir: str
     """The task's results folder, where a pause is asked for (`mal.run.pause`)."""
@@ -58,6 +59,10 @@ class LabelTask:
     """Which run of the command this is; see `mal.labelling.attempts`."""
     environment: Mapping[str, str] = field(repr=False)
     """Access to the object store, as this process has it. Not in Ray's runtime environment, which ends up in logs."""
+    decode_on_nodes: bool = False
+    """Images are decoded by CPU workers, not in the actor's threads."""
+    overlap: bool = False
+    """Crops and masks are made in threads beside the network's."""
     more_margins: tuple[float, ...] = ()
     """Of further windows around every box."""
     crf: MeanFieldOptions | None = None
@@ -134,6 +139,8 @@ def make_task(
         results_dir=results_dir or folder,
         run=secrets.token_hex(4),
         environment=storage_environment(),
+        decode_on_nodes=pool.decode == "nodes",
+        overlap=gpu,
         more_margins=pool.test_margins or (),
         crf=_crf(spec.train) if pool.use_crf_test else None,
         cleaning=Cleaning(pool.fill_holes, pool.largest_component, pool.min_component_area),

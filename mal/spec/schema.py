@@ -192,8 +192,10 @@ class PoolSpec:
     """Most actors at a time; 0: num_nodes x num_gpus."""
     cpus_per_actor: float = key(1.0, above=0)
     """CPUs that Ray reserves for each actor; also its number of threads on a CPU."""
+    decode: str = key("actor", choices=("actor", "nodes"))
+    """Where images are decoded: in the actor's threads, or by CPU workers anywhere that ship them to the actors."""
     decode_threads: int = key(0, low=0, high=256)
-    """Threads of each actor that read and decode images; 0: one per CPU of the actor, at least two."""
+    """Threads of each actor (or CPU workers for it) that read and decode; 0: one per CPU of the actor, at least two."""
     batch_size: int = key(3, low=1)
     """Boxes per network pass."""
     shard_boxes: int = key(0, low=0)
@@ -244,6 +246,8 @@ class InferenceSpec(PoolSpec):
     """Folder that the file names are relative to."""
     label_dump_path: str | None = None
     """Where the COCO file with the masks goes; by default labels.json in the results folder."""
+    label_files: str = key("one", choices=("one", "shards"))
+    """One COCO file, or one per shard of work in a folder of that name (without .json), beside one with the rest."""
     load_mask: bool = False
     """Compare with the masks that the input file has: adds `iou` to every annotation."""
     mask_format: str = key("rle", choices=("rle", "polygon"))
