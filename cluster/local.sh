@@ -19,8 +19,35 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token" OMP_WAIT_POLICY=p
 node() {
   local name="$1"
   shift
-  setsid ray start --block --num-cpus="$cpus" "$@" > "$folder/$name.log" 2>&1 < /dev/null &
+  setsid ray start --block --num-cpus="$cpus" --object-store-memory=500000000 "$@" > "$folder/$name.log" 2>&1 < /dev/null &
   echo $! >> "$folder/pids"
+}
+
+# alive: how many nodes the head says there are.
+alive() {
+  python - "http://127.0.0.1:$((port + 1))/nodes?view=summary" "$RAY_AUTH_TOKEN_PATH" 2> /dev/null << 'END' || echo 0
+import json, pathlib, sys, urllib.request
+request = urllib.request.Request(sys.argv[1])
+request.add_header("Authorization", f"Bearer {pathlib.Path(sys.argv[2]).read_text()}")
+nodes = json.load(urllib.request.urlopen(request, timeout=5))["data"]["summary"]
+print(sum(node["raylet"].get("state") == "ALIVE" for node in nodes))
+END
+}
+
+# wait_for COUNT NAME: until there are so many nodes; if NAME ends before, its log is named and everything stopped.
+wait_for() {
+  for ((tries = 0; tries < 120; tries++)); do
+    if (($(alive) >= $1)); then
+      return
+    fi
+    if ! kill -0 "$(tail -n 1 "$folder/pids")" 2> /dev/null; then
+      break
+    fi
+    sleep 0.5
+  done
+  echo "$2 did not start: $folder/$2.log" >&2
+  stop
+  exit 1
 }
 
 start() {
@@ -33,23 +60,16 @@ start() {
   node head --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
     --dashboard-agent-listen-port=$((port + 2)) --ray-client-server-port=$((port + 3)) \
     --temp-dir="$folder/ray" --disable-usage-stats
-  for ((tries = 0; ; tries++)); do
-    if python -c "import socket; socket.create_connection(('127.0.0.1', $((port + 1))), 1)" 2> /dev/null; then
-      break
-    fi
-    if ((tries == 120)) || ! kill -0 "$(head -n 1 "$folder/pids")" 2> /dev/null; then
-      echo "the head did not start: $folder/head.log" >&2
-      stop
-      exit 1
-    fi
-    sleep 1
-  done
-  for ((k = 1; k <= ${1:-2}; k++)); do
+  wait_for 1 head
+  # One after the other: two that start at the same moment take the same name for their sockets, and both end.
+  for ((k = 1; k <= $1; k++)); do
     node "worker$k" --address="127.0.0.1:$port" --dashboard-agent-listen-port=$((port + 3 + k))
+    wait_for $((k + 1)) "worker$k"
   done
-  echo "started in $folder; next: eval \"\$(cluster/local.sh env)\"" >&2
+  echo "started $((1 + $1)) nodes in $folder; next: eval \"\$(cluster/local.sh env)\"" >&2
 }
 
+# stop: the workers first; whoever has not gone after ten seconds is killed.
 stop() {
   if [[ ! -e "$folder/pids" ]]; then
     echo "none is running in $folder" >&2
@@ -57,6 +77,11 @@ stop() {
   fi
   while read -r pid; do
     kill -TERM -- "-$pid" 2> /dev/null || true
+    for ((tries = 0; tries < 50; tries++)); do
+      kill -0 -- "-$pid" 2> /dev/null || break
+      sleep 0.2
+    done
+    kill -KILL -- "-$pid" 2> /dev/null || true
   done < <(tac "$folder/pids")
   rm "$folder/pids"
 }

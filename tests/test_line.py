@@ -31,6 +31,7 @@ SMALL = [
     "train.crf_num_iter=2",
     "train.use_amp=false",
     "train.cpus_per_worker=0.5",
+    "train.loggers=[tensorboard,mlflow]",
 ]
 
 
@@ -103,6 +104,30 @@ def test_a_finished_training_is_not_done_again_and_more_epochs_go_on(trained, ca
     assert torch.load(results / "train" / "mal_model_latest.pth", weights_only=True)["epoch"] == 3
 
 
+def test_both_trainings_are_one_run_of_mlflow(trained):
+    from mlflow import MlflowClient
+
+    folder = trained[0] / "train"
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    run = client.get_run(json.loads((folder / "loggers.json").read_text())["mlflow"])
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/total")]
+    done = torch.load(folder / "mal_model_latest.pth", weights_only=True)
+    assert steps == list(range(done["global_step"]))
+    assert len(client.get_metric_history(run.info.run_id, "epoch/train_loss")) == done["epoch"]
+
+
+def _check_summary(results, action, stages):
+    summary = json.loads((results / action / "summary.json").read_text())
+    assert list(summary["seconds_by_stage"]) == stages
+    assert sum(summary["seconds_by_stage"].values()) <= summary["seconds"] + 0.1
+    assert summary["nodes"][0]["cpus"] == 4.0
+    assert summary["nodes"][0]["memory_gb"] > 0
+    assert summary["spec"]["dataset"]["crop_size"] == 32
+    assert "commit" in summary
+    return summary
+
+
 def test_another_model_is_refused(trained, capsys):
     _, arguments = trained
     assert main(["train", *arguments, "model.mask_head_out_channel=16"]) == 1
@@ -140,6 +165,9 @@ def test_every_annotation_is_accounted_for_and_comes_back(trained, scenes, capsy
     summary = json.loads((results / "inference" / "summary.json").read_text())
     assert summary["clipped"] == sum(1 for a in given["annotations"] if a["id"] == 9000)
     assert summary["annotations"] == len(given["annotations"])
+    _check_summary(results, "inference", ["index", "start", "label", "merge"])
+    summary = _check_summary(results, "train", ["index", "start", "train"])
+    assert (summary["epochs"] >= 2, summary["workers"]) == (True, 2)
 
     # The same command again does nothing new; a lost shard alone is done again, and nothing changes.
     shards = sorted((results / "inference" / "shards").glob("part-*.parquet"))
@@ -183,6 +211,7 @@ def test_evaluation_gives_the_same_figures_for_one_and_for_two_actors(trained, c
         checkpoint = f"evaluate.checkpoint={results}/train/model_epoch_001.pth"
         assert main(["evaluate", *arguments, checkpoint, *own, *pool]) == 0
         metrics.append(json.loads((results / f"evaluate{actors}" / "metrics.json").read_text()))
+        _check_summary(results, f"evaluate{actors}", ["index", "start", "label", "measure"])
     assert metrics[0] == metrics[1]
     assert 0 < metrics[0]["mIoU"] < 1
     assert "mean of boxes" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from mal.client import package
 from mal.client.server import JobServer
 from mal.errors import ClusterError, RunPausedError
 from mal.run.pause import ATTEMPT_VARIABLE
+from mal.run.summary import COMMIT_VARIABLE, commit
 from mal.spec.derived import Action, results_dir
 from mal.spec.load import spec_from_values, spec_to_values
 from mal.spec.schema import Spec
@@ -139,13 +140,16 @@ def _submit(server: JobServer, job_id: str, number: int, order: Order) -> None:
         "runtime_env": json.dumps(public),
         "secrets": json.dumps(sorted(secret)),
     }
+    variables = {ATTEMPT_VARIABLE: submission}
+    if version := commit():
+        variables[COMMIT_VARIABLE] = version  # the copy of this package that is sent is in no checkout
     with tempfile.TemporaryDirectory(prefix="mal-job-") as folder:
         package.write_working_dir(Path(folder), order.spec, secret)
         server.submit(
             entrypoint=f"{_ENTRY} {order.action}",
             submission_id=submission,
             metadata=metadata,
-            runtime_env=package.runtime_env(public, folder, {ATTEMPT_VARIABLE: submission}),
+            runtime_env=package.runtime_env(public, folder, variables),
         )
 
 

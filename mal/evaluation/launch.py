@@ -56,6 +56,7 @@ def run_evaluation(spec: Spec) -> dict[str, Any]:
             status=status,
         )
         found = measure(spec, run, folder)
+        run.stages.done("measure")
         metrics = {**found.metrics, "checkpoint": settings.checkpoint}
         storage.write_bytes(storage.join(folder, "metrics.json"), json.dumps(metrics, indent=1).encode() + b"\n")
         shards = storage.parent(run.shards[0]) if run.shards else None
@@ -64,7 +65,9 @@ def run_evaluation(spec: Spec) -> dict[str, Any]:
             "evaluate",
             spec,
             begun,
-            {"metrics": metrics, "rows": shards, "labelling_seconds": run.seconds, "boxes": run.boxes},
+            run.stages,
+            run.hardware,
+            {"metrics": metrics, "rows": shards, "boxes": run.boxes, "actors": run.actors},
         )
         status.write("SUCCESS", found.line, found.kpi)
         print(found.table)

@@ -48,9 +48,8 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
             labeler=labeler,
         )
         labels, ledger = label_dump_path(spec), storage.join(folder, "ledger.parquet")
-        merging = time.perf_counter()
         counts = merge(run.index, run.shards, labels, ledger, output_options(settings))
-        merge_seconds = time.perf_counter() - merging
+        run.stages.done("merge")
         _check_sum(run, counts)
         facts = {
             "annotations": run.index.summary.annotations,
@@ -59,8 +58,6 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
             "crowd": counts.crowd,
             "rejected": dict(sorted(counts.rejected.items())),
             "low_quality": counts.low_quality,
-            "labelling_seconds": run.seconds,
-            "merge_seconds": merge_seconds,
             "boxes_per_second": run.boxes / run.seconds if run.seconds else None,
             "actors": run.actors,
             "labels": shards_folder(labels) if settings.label_files == "shards" else labels,
@@ -69,7 +66,7 @@ def run_inference(spec: Spec, labeler: type[ShardLabeler] = ShardLabeler) -> dic
         }
         if pretrained.is_built_in(settings.checkpoint):
             facts["built_in_model"] = pretrained.default_model().facts()
-        summary = write_summary(folder, "inference", spec, begun, facts)
+        summary = write_summary(folder, "inference", spec, begun, run.stages, run.hardware, facts)
         status.write("SUCCESS", _one_line(counts))
         print(report(run, counts, summary), flush=True)
         return summary

@@ -17,6 +17,7 @@ from mal.run import pause
 from mal.run.cluster import connected
 from mal.run.manifest import begun_with, claim
 from mal.run.status import StatusLog
+from mal.run.summary import Stages
 from mal.spec.schema import PoolSpec, Spec
 
 
@@ -32,6 +33,10 @@ class LabelledRun:
     boxes: int
     """Labelled or rejected in this run; those of earlier attempts are not counted."""
     actors: str
+    stages: Stages
+    """index, start (of Ray) and label."""
+    hardware: tuple[dict[str, Any], ...]
+    """As of `mal.run.cluster.Cluster`; empty if nothing was left to label."""
 
 
 def label_file(
@@ -58,11 +63,14 @@ def label_file(
         MalError: whatever stopped the work.
     """
     announce(pool)
+    stages = Stages()
+    hardware: tuple[dict[str, Any], ...] = ()
     keys = run_keys(spec, pool, ann_path, images_path, img_dir, load_mask)
     if not begun_with(folder, keys) and labeler.load is ShardLabeler.load:  # others need not have a network
         _tell(status, check_checkpoint(spec, pool))  # before the folder is bound to what may have to be corrected
     claim(folder, keys)
     index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
+    stages.done("index")
     total = index.summary.boxes
     shards_folder = storage.join(folder, "shards")
     todo, actors, seconds = missing_shards(shards_folder, index.shards), "none", 0.0
@@ -85,21 +93,24 @@ def label_file(
                 gpu=cluster.gpus > 0,
                 categories=index.summary.categories,
             )
+            hardware = cluster.hardware
+            stages.done("start")
             seconds = label_all(task, size, todo=todo, boxes=total, boxes_done=done, status=status, labeler=labeler)
-    _check_done(shards_folder, index, storage.parent(status.path))
-    storage.delete(attempts_folder(shards_folder))  # that of a shard whose actor was killed right after writing it
-    storage.delete_leftovers(shards_folder)
-    paths = [storage.join(shards_folder, shard_name(shard)) for shard in range(index.shards)]
-    return LabelledRun(index, paths, seconds, total - done, actors)
+            stages.done("label")
+    paths = _finished(shards_folder, index.shards, storage.parent(status.path))
+    return LabelledRun(index, paths, seconds, total - done, actors, stages, hardware)
 
 
-def _check_done(shards_folder: str, index: Index, results_dir: str) -> None:
-    """Raise RunPausedError or MalError if a shard is missing."""
-    left = missing_shards(shards_folder, index.shards)
+def _finished(shards_folder: str, shards: int, results_dir: str) -> list[str]:
+    """The paths of all shards; what was left beside them is deleted. RunPausedError or MalError if one is missing."""
+    left = missing_shards(shards_folder, shards)
     if left and pause.asked(results_dir):
-        raise pause.paused(f"{index.shards - len(left)} of {index.shards} shards are done")
+        raise pause.paused(f"{shards - len(left)} of {shards} shards are done")
     if left:
         raise MalError(f"{len(left)} shards were not finished; run the same command again")
+    storage.delete(attempts_folder(shards_folder))  # that of a shard whose actor was killed right after writing it
+    storage.delete_leftovers(shards_folder)
+    return [storage.join(shards_folder, shard_name(shard)) for shard in range(shards)]
 
 
 def _tell(status: StatusLog, line: str) -> None:

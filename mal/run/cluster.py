@@ -6,11 +6,12 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mal.errors import ClusterError
+from mal.run.autoscaler import Reach, reach
 from mal.run.room import Need, Node, check_room
 from mal.spec.schema import RaySpec
 
@@ -20,6 +21,8 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _MIN_CPUS = 4
+_KIND = "accelerator_type:"
+_OTHER_CLUSTER = "RAY_API_SERVER_ADDRESS"
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,20 @@ class Cluster:
     coming_cpus: float = 0.0
     coming_gpus: float = 0.0
     """What the autoscaler can bring besides; counted in `cpus` and `gpus`."""
+    kinds: tuple[Node, ...] = ()
+    """Of the nodes that it can bring; empty if not known."""
+    hardware: tuple[dict[str, Any], ...] = ()
+    """Of every node: ``cpus`` and ``gpus`` as Ray counts them, ``gpu`` (its kind, or None), ``memory_gb``."""
 
     def check_room(self, need: Need) -> None:
         """Print a line if ``need`` has to wait for nodes. Raises ClusterError if it can never be met."""
         line = check_room(
-            need, self.nodes, coming_cpus=self.coming_cpus, coming_gpus=self.coming_gpus, alone=self.embedded
+            need,
+            self.nodes,
+            coming_cpus=self.coming_cpus,
+            coming_gpus=self.coming_gpus,
+            kinds=self.kinds,
+            alone=self.embedded,
         )
         if line:
             print(line, flush=True)
@@ -70,6 +82,8 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
     if ray.is_initialized():
         yield _describe(spec, embedded=not address)
         return
+    # It names the job server that the verbs talk to; Ray's processes would ask that one about their own cluster.
+    job_server = os.environ.pop(_OTHER_CLUSTER, None)
     # A job may have been given some of these: its own values stay, and Ray is told that this is no contradiction.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     variables = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
@@ -94,6 +108,8 @@ def connected(spec: RaySpec, namespace: str = "mal") -> Iterator[Cluster]:
         yield _describe(spec, embedded=not address)
     finally:
         ray.shutdown()
+        if job_server is not None:
+            os.environ[_OTHER_CLUSTER] = job_server
 
 
 def _describe(spec: RaySpec, embedded: bool) -> Cluster:
@@ -101,7 +117,20 @@ def _describe(spec: RaySpec, embedded: bool) -> Cluster:
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = tuple(Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive)
+    hardware = tuple(describe_node(found) for found in alive)
     here_cpus, here_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    coming_cpus = 0.0 if embedded else max(0.0, spec.autoscaled_cpus - here_cpus)
-    coming_gpus = 0.0 if embedded else max(0.0, spec.autoscaled_gpus - here_gpus)
-    return Cluster(here_gpus + coming_gpus, here_cpus + coming_cpus, embedded, nodes, coming_cpus, coming_gpus)
+    most = Reach() if embedded else reach(spec)
+    coming_cpus, coming_gpus = max(0.0, most.cpus - here_cpus), max(0.0, most.gpus - here_gpus)
+    gpus, cpus = here_gpus + coming_gpus, here_cpus + coming_cpus
+    return Cluster(gpus, cpus, embedded, nodes, coming_cpus, coming_gpus, most.kinds, hardware)
+
+
+def describe_node(resources: Mapping[str, float]) -> dict[str, Any]:
+    """What a node is, from the resources that Ray counts on it."""
+    kinds = [name.removeprefix(_KIND) for name in resources if name.startswith(_KIND)]
+    return {
+        "cpus": resources.get("CPU", 0.0),
+        "gpus": resources.get("GPU", 0.0),
+        "gpu": kinds[0] if kinds else None,
+        "memory_gb": round(resources.get("memory", 0.0) / 2**30, 1),
+    }

@@ -41,13 +41,20 @@ def places(nodes: Sequence[Node], need: Need) -> int:
 
 
 def check_room(
-    need: Need, nodes: Sequence[Node], *, coming_cpus: float = 0.0, coming_gpus: float = 0.0, alone: bool = False
+    need: Need,
+    nodes: Sequence[Node],
+    *,
+    coming_cpus: float = 0.0,
+    coming_gpus: float = 0.0,
+    kinds: Sequence[Node] = (),
+    alone: bool = False,
 ) -> str | None:
     """Raise if the processes can never run; else a line for the log if they have to wait for nodes, else None.
 
     Args:
         nodes: those that are there.
         coming_cpus, coming_gpus: what the autoscaler can bring besides, in all.
+        kinds: of the nodes that it can bring; empty if not known.
         alone: this machine alone is the cluster.
 
     Raises:
@@ -63,6 +70,12 @@ def check_room(
         for each, coming, name in ((need.cpus, coming_cpus, "CPUs"), (need.gpus, coming_gpus, "GPUs"))
         if missing * each > coming
     ]
+    if kinds and not short and not places(kinds, need):
+        largest = ", ".join(f"{kind.cpus:g} CPUs and {kind.gpus:g} GPUs" for kind in kinds)
+        raise ClusterError(
+            f"{need} can never run: none of the nodes that the autoscaler can bring is large enough ({largest}): "
+            f"{need.remedy}"
+        )
     if not short:
         return f"waiting for the autoscaler: {need}, and the nodes that are there carry {here}"
     has = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"

@@ -54,7 +54,8 @@ def _rows(cls: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
 
 def _type(hint: Any, bounds: Any) -> str:
     if "choices" in bounds:
-        return " \\| ".join(map(str, bounds["choices"]))
+        of = "list of " if typing.get_origin(hint) is tuple else ""
+        return of + " \\| ".join(map(str, bounds["choices"]))
     names = {bool: "bool", int: "int", float: "float", str: "text"}
     if typing.get_origin(hint) is tuple:
         return f"list of {names[typing.get_args(hint)[0]]}"

@@ -122,6 +122,8 @@ class TrainSpec:
     """Weights to start from: MAE, DeiT, timm, or a checkpoint of MAL (.pth or .safetensors)."""
     results_dir: str | None = None
     """Folder of training results; by default <results_dir>/train."""
+    loggers: tuple[str, ...] = key(("tensorboard",), choices=("tensorboard", "mlflow", "wandb"))
+    """Where losses and scores are logged besides status.json; mlflow and wandb want `mal-on-ray[loggers]`."""
     use_amp: bool = True
     """Mixed precision: bfloat16 where the hardware has it, else float16 with loss scaling on a GPU, else float32."""
     optim_type: str = key("adamw", choices=("adamw",))
@@ -269,7 +271,7 @@ class RaySpec:
     object_store_gb: float = key(1.0, low=0.1)
     """Memory of the object store."""
     autoscaled_cpus: int = key(0, low=0)
-    """CPUs that an existing cluster has when its autoscaler has brought all it may; 0: it has no autoscaler."""
+    """CPUs that an existing cluster has when its autoscaler has brought all it may; 0: as the cluster says."""
     autoscaled_gpus: int = key(0, low=0)
     """GPUs that an existing cluster has when its autoscaler has brought all it may."""
 

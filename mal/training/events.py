@@ -1,4 +1,4 @@
-"""TensorBoard: scalars per step and sample masks per validation, written by the first worker."""
+"""TensorBoard: scalars per step and sample masks per validation, written by the first worker (others: `loggers`)."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import time
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mal.errors
@@ -23,13 +24,14 @@ from mal.run.cluster import Cluster, connected
 from mal.run.progress import ProgressLine
 from mal.run.room import Need
 from mal.run.status import StatusLog, task_status
-from mal.run.summary import write_summary
+from mal.run.summary import Stages, write_summary
 from mal.spec.checks import check_task
 from mal.spec.derived import results_dir, train_workers
 from mal.spec.schema import Spec
 from mal.training.board import NAME, Board
 from mal.training.checkpoints import progress
 from mal.training.figures import METRICS, figures, of_validation
+from mal.training.loggers import RunLogs, check_installed, open_runs
 from mal.training.task import TrainTask
 from mal.training.worker import train_worker
 
@@ -48,11 +50,13 @@ def run_training(spec: Spec) -> dict[str, Any]:
         MalError: whatever stopped training.
     """
     check_task(spec, "train")
+    check_installed(spec.train.loggers)
     folder = results_dir(spec, "train")
     storage.make_folder(folder)
     with task_status(folder, "training") as status:
-        begun = time.time()
+        begun, stages = time.time(), Stages()
         train_index, val_index, boxes = _indexes(spec, folder)
+        stages.done("index")
         with connected(spec.ray) as cluster:
             workers, use_gpu = train_workers(spec), cluster.gpus > 0
             _check_room(spec, cluster, workers)
@@ -65,13 +69,19 @@ def run_training(spec: Spec) -> dict[str, Any]:
             note = "" if use_gpu else " (this cluster has no GPU)"
             print(f"training on {workers} {what} worker{'s' if workers > 1 else ''}{note}: {folder}", flush=True)
             if epochs < spec.train.num_epochs:
-                with _progress(task, boxes, epochs, samples, status) as board:
+                stages.done("start")
+                with (
+                    open_runs(task, partial(_say, status)) as runs,
+                    _progress(task, boxes, epochs, samples, status, runs) as board,
+                ):
                     _fit(task, board)
+                stages.done("train")
         epochs, samples = progress(task)
         if epochs < spec.train.num_epochs and pause.asked(folder):
             more = f" and {samples:,} boxes of the next one" if samples else ""
             raise pause.paused(f"{epochs} of {spec.train.num_epochs} epochs{more} are done")
-        summary = write_summary(folder, "train", spec, begun, {"boxes": boxes, "checkpoint": task.latest})
+        facts = {"boxes": boxes, "epochs": epochs, "workers": workers, "checkpoint": task.latest}
+        summary = write_summary(folder, "train", spec, begun, stages, cluster.hardware, facts)
         status.write("SUCCESS", f"training finished: {task.latest}")
         print(f"checkpoint: {task.latest}")
         return summary
@@ -97,6 +107,11 @@ def _check_room(spec: Spec, cluster: Cluster, workers: int) -> None:
     remedy = "lower train.num_gpus, train.num_nodes or train.cpus_per_worker"
     gpus = 1.0 if cluster.gpus else 0.0
     cluster.check_room(Need("training worker", workers, spec.train.cpus_per_worker, gpus, remedy))
+
+
+def _say(status: StatusLog, line: str) -> None:
+    status.write("RUNNING", line)
+    print(line, flush=True)
 
 
 def _fit(task: TrainTask, board: Any) -> None:
@@ -146,11 +161,17 @@ def _noted(task: TrainTask) -> MalError | None:
 
 
 @contextmanager
-def _progress(task: TrainTask, boxes: int, epochs: int, samples: int, status: StatusLog) -> Iterator[Any]:
-    """A board for the workers, and a thread that shows what they write on it."""
+def _progress(
+    task: TrainTask, boxes: int, epochs: int, samples: int, status: StatusLog, runs: RunLogs
+) -> Iterator[Any]:
+    """A board for the workers, and a thread that shows what they write on it, and hands it to the loggers."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board: Any = ray.remote(num_cpus=0)(Board).options(name=f"{NAME}-{time.time_ns()}").remote()
+    # Beside the driver: on another node it would go with that node, and training with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": f"{NAME}-{time.time_ns()}", "scheduling_strategy": here}
+    board: Any = ray.remote(num_cpus=0)(Board).options(**options).remote()
     # An epoch is filled up to whole batches of all workers.
     train = task.spec.train
     batch = train.batch_size * train.accum_grad_batches * task.workers
@@ -167,9 +188,11 @@ def _progress(task: TrainTask, boxes: int, epochs: int, samples: int, status: St
                     if note["kind"] == "steps":
                         line.advance(note["boxes"], f"loss {note['loss']:.4f}")
                         metrics.show(figures(already + line.rate.done, per_epoch, line.rate.now, note["loss"]))
+                        runs.steps(note["first_step"], note["losses"], note["rate"])
                     else:
                         status.write("RUNNING", note["message"], note["kpi"])
                         metrics.show(of_validation(note["kpi"]))
+                        runs.epoch(note["step"], note["kpi"])
                         print(note["message"], flush=True)
                 if last:
                     return

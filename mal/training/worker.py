@@ -117,7 +117,8 @@ class Worker:
             batch_size=spec.train.batch_size * spec.train.accum_grad_batches,
         )
         self.loader = self._loader()
-        self.events = EventLog(self.task.folder) if self.rank == 0 else None
+        shown = self.rank == 0 and "tensorboard" in spec.train.loggers
+        self.events = EventLog(self.task.folder) if shown else None
 
     @property
     def global_batch(self) -> int:
@@ -233,15 +234,17 @@ class Worker:
             )
         self._pending, self._last_report = [], time.monotonic()
         self.state.loss = float(values[:, 0].mean())
+        rate = self.stepper.optimizer.param_groups[0]["lr"]
         if self.events is not None:
-            self.events.losses(first, values, self.stepper.optimizer.param_groups[0]["lr"])
-        self._note({"kind": "steps", "boxes": len(values) * self.global_batch, "loss": self.state.loss})
+            self.events.losses(first, values, rate)
+        steps = {"first_step": first, "losses": values.tolist(), "rate": rate}
+        self._note({"kind": "steps", "boxes": len(values) * self.global_batch, "loss": self.state.loss, **steps})
 
     def _note_epoch(self, epoch: int, scores: Mapping[str, float]) -> None:
         kpi = {"train_loss": self.state.loss, **scores}
         figures = ", ".join(f"{name} {value:.4f}" for name, value in kpi.items())
         message = f"epoch {epoch + 1} of {self.task.spec.train.num_epochs} done: {figures}"
-        self._note({"kind": "epoch", "message": message, "kpi": kpi})
+        self._note({"kind": "epoch", "message": message, "kpi": kpi, "step": self.state.global_step})
 
     def _note(self, note: dict[str, Any]) -> None:
         if self.rank == 0 and self.board is not None:

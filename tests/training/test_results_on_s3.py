@@ -1,0 +1,110 @@
+"""Training and evaluation with their results folder on an S3-compatible store: all that a run leaves is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pyarrow.fs as pafs
+import pytest
+from tiny_training import TINY
+
+from mal.data.scenes import write_scenes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+BUCKET = "runs"
+BOTH = '''
+"""Train and evaluate, on one Ray."""
+import sys
+from mal.cli import main
+from mal.run.cluster import connected
+from mal.spec.schema import RaySpec
+
+with connected(RaySpec(num_cpus=4, object_store_gb=0.2)):
+    for task in ("train", "evaluate"):
+        code = main([task, *sys.argv[1:]])
+        if code:
+            sys.exit(code)
+'''
+
+
+@pytest.fixture
+def bucket():
+    """The environment that reaches an empty bucket, and the store as pyarrow sees it."""
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    from werkzeug.serving import make_server
+
+    server = make_server("127.0.0.1", 0, moto.DomainDispatcherApplication(moto.create_backend_app), threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"127.0.0.1:{server.server_port}"
+    keys = {"access_key": "testing", "secret_key": "testing-secret"}
+    store = pafs.S3FileSystem(**keys, endpoint_override=address, scheme="http", allow_bucket_creation=True)
+    store.create_dir(BUCKET)
+    yield (
+        {
+            "AWS_ACCESS_KEY_ID": keys["access_key"],
+            "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL": f"http://{address}",
+        },
+        store,
+    )
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_training_and_evaluation_leave_all_they_know_in_the_bucket(bucket, tmp_path):
+    environment, store = bucket
+    paths = write_scenes(str(tmp_path), images=8, seed=4, size=(160, 120))
+    (tmp_path / "spec.yaml").write_text("{}\n")
+    (tmp_path / "both.py").write_text(BOTH)
+    arguments = [
+        *("-e", str(tmp_path / "spec.yaml"), f"results_dir=s3://{BUCKET}/run", *TINY),
+        *(f"dataset.{split}_{what}" for split in ("train", "val") for what in _data(paths)),
+        *("dataset.min_obj_size=100", "dataset.num_workers_per_gpu=0", "train.num_epochs=1", "train.batch_size=8"),
+        *("train.loggers=[tensorboard,mlflow]", f"evaluate.checkpoint=s3://{BUCKET}/run/train/mal_model_latest.pth"),
+        *("evaluate.shard_boxes=16", "evaluate.max_actors=1"),
+    ]
+    own = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, str(tmp_path / "both.py"), *arguments]
+    ran = subprocess.run(command, env=inherited | own, capture_output=True, text=True, timeout=500, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+    found = {info.path.removeprefix(f"{BUCKET}/run/") for info in _files(store)}
+    assert {"train/mal_model_latest.pth", "train/model_epoch_000.pth", "train/mlflow.db"} <= found
+    assert any(name.startswith("train/events/events.out") for name in found)
+    for task in ("train", "evaluate"):
+        lines = [json.loads(line) for line in _text(store, f"{task}/status.json").splitlines()]
+        assert (lines[0]["status"], lines[-1]["status"]) == ("STARTED", "SUCCESS")
+        summary = json.loads(_text(store, f"{task}/summary.json"))
+        assert summary["spec"]["results_dir"] == f"s3://{BUCKET}/run"
+        assert summary["nodes"]
+    assert 0 <= json.loads(_text(store, "evaluate/metrics.json"))["mIoU"] <= 1
+    for name in found:
+        assert b"testing-secret" not in _bytes(store, name), name
+
+
+def _data(paths):
+    return f"ann_path={paths.annotations}", f"img_dir={paths.images}"
+
+
+def _files(store):
+    infos = store.get_file_info(pafs.FileSelector(f"{BUCKET}/run", recursive=True))
+    return [info for info in infos if info.type == pafs.FileType.File]
+
+
+def _bytes(store, name):
+    with store.open_input_file(f"{BUCKET}/run/{name}") as file:
+        return file.read()
+
+
+def _text(store, name):
+    return _bytes(store, name).decode()
