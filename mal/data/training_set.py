@@ -149,14 +149,18 @@ class TrainingSet(Dataset[Sample]):
         margin_rate: Sequence[float],
         seed: int,
         max_image_pixels: int,
+        augmentation: float = 1.0,
     ) -> None:
-        """``seed``: from 0 on. ``margin_rate``: of `boxes.train_window`. ``max_image_pixels``: of `images.decode`."""
+        """``seed``: from 0 on. ``margin_rate``: of `boxes.train_window`. ``max_image_pixels``: of `images.decode`.
+        ``augmentation``: strength of `augment.student_view`.
+        """
         self._boxes = training_boxes
         self._image_folder = image_folder
         self._crop_size = crop_size
         self._margin_rate = tuple(margin_rate)
         self._seed = seed
         self._max_image_pixels = max_image_pixels
+        self._augmentation = augmentation
         self._asked = 0
         self._replaced = 0
         self._unreadable: set[int] = set()
@@ -176,7 +180,7 @@ class TrainingSet(Dataset[Sample]):
         box_mask = crops.box_mask(window, box, width, height, self._crop_size)
         pixels, box_mask = augment.flip(pixels, box_mask, rng)
         return {
-            "image": augment.normalised(augment.student_view(pixels, rng)),
+            "image": augment.normalised(augment.student_view(pixels, rng, self._augmentation)),
             "teacher_image": augment.normalised(pixels),
             "box_mask": torch.from_numpy(box_mask.astype(np.float32)),
             "area": torch.tensor(boxes.area(box), dtype=torch.float64),

@@ -265,6 +265,7 @@ def training_set(task: TrainTask) -> TrainingSet:
         margin_rate=spec.train.margin_rate,
         seed=task.seed,
         max_image_pixels=spec.dataset.max_image_pixels,
+        augmentation=spec.dataset.augmentation,
     )
 
 
