@@ -152,6 +152,8 @@ class TrainSpec:
     """Half-waves of the cosine."""
     margin_rate: tuple[float, ...] = key((0.0, 1.2), low=0, length=2)
     """Range of the random margin of a training window, in half-extents of its box."""
+    margin_gate: bool = True
+    """Shift training windows at random (margins times g on one side, 1 - g on the other); off: boxes stay centred."""
     test_margin_rate: tuple[float, ...] = key((0.6, 0.6), low=0, length=2)
     """Margin of the window at evaluation and inference (the first is used for every side)."""
     mask_thres: tuple[float, ...] = key((0.1,), low=0, high=1)

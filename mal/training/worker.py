@@ -266,6 +266,7 @@ def training_set(task: TrainTask) -> TrainingSet:
         seed=task.seed,
         max_image_pixels=spec.dataset.max_image_pixels,
         augmentation=spec.dataset.augmentation,
+        margin_gate=spec.train.margin_gate,
     )
 
 
