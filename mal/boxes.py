@@ -116,13 +116,16 @@ def central_window(box: Box, margin_rate: Sequence[float] = (0.6, 0.6)) -> Windo
     return _window(box, (0.5 * margin_rate[0],) * 4)
 
 
-def train_window(box: Box, margin_rate: Sequence[float], rng: np.random.Generator) -> Window:
+def train_window(box: Box, margin_rate: Sequence[float], rng: np.random.Generator, gate: bool = True) -> Window:
     """A random window of training: a margin per side, uniform in ``margin_rate``, times a gate per axis.
 
     The gate ``g`` (left, top) and ``1 - g`` (right, bottom) is uniform in [0, 1], so a box is not always centred.
+    Without ``gate`` both are 1: the box is centred but for the difference of the margins.
     """
     low, high = margin_rate
     left, top, right, bottom = rng.uniform(low, high, 4)
+    if not gate:
+        return _window(box, (left, top, right, bottom))
     gate_x, gate_y = rng.uniform(0.0, 1.0, 2)
     return _window(box, (left * gate_x, top * gate_y, right * (1.0 - gate_x), bottom * (1.0 - gate_y)))
 

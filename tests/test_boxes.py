@@ -50,6 +50,19 @@ def test_a_training_window_holds_its_box_and_keeps_to_its_margins(seed, w, h):
     assert window.height <= h * 2.2 + 3
 
 
+def test_without_the_gate_every_side_has_its_whole_margin_and_the_box_stays_near_the_centre():
+    box = boxes.from_xywh([100, 100, 200, 100])
+    for seed in range(50):
+        window = boxes.train_window(box, (0.2, 0.4), np.random.default_rng(seed), gate=False)
+        left, top, right, bottom = 100 - window.x0, 100 - window.y0, window.x1 - 300, window.y1 - 200
+        assert 20 <= left <= 41
+        assert 20 <= right <= 43
+        assert 10 <= top <= 21
+        assert 10 <= bottom <= 23
+    same = boxes.train_window(box, (0.3, 0.3), np.random.default_rng(0), gate=False)
+    assert same == boxes.central_window(box, (0.6, 0.6))
+
+
 def test_the_central_window_is_1_3_times_the_box():
     window = boxes.central_window(boxes.from_xywh([100, 100, 200, 100]))
     assert window == Window(70, 85, 331, 216)

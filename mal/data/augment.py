@@ -37,30 +37,33 @@ def flip(
     return pixels, box_mask
 
 
-def student_view(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def student_view(pixels: NDArray[np.uint8], rng: np.random.Generator, strength: float = 1.0) -> NDArray[np.uint8]:
     """Colour jitter, greyscale and Gaussian blur, each with its probability (METHOD section 2).
 
     Args:
         pixels: RGB ``[S, S, 3]``, left as it is.
         rng: decides on what is done and how much of it.
+        strength: factor on the jitter's ranges, on the probability of greyscale and on the blur's radius, 0..1.
 
     Returns:
         RGB ``[S, S, 3]``; ``pixels`` itself if nothing was to be done.
     """
-    jitter, grey, blur = rng.random(3) < (JITTER_PROBABILITY, GREY_PROBABILITY, BLUR_PROBABILITY)
+    if strength == 0:
+        return pixels
+    jitter, grey, blur = rng.random(3) < (JITTER_PROBABILITY, GREY_PROBABILITY * strength, BLUR_PROBABILITY)
     if not (jitter or grey or blur):
         return pixels
     image = Image.fromarray(np.ascontiguousarray(pixels))
     if jitter:
-        image = _jittered(image, rng)
+        image = _jittered(image, rng, strength)
     if grey:
         image = image.convert("L").convert("RGB")
     if blur:
-        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(*BLUR_RADIUS))))
+        image = image.filter(ImageFilter.GaussianBlur(strength * float(rng.uniform(*BLUR_RADIUS))))
     return np.asarray(image)
 
 
-def _jittered(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _jittered(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
     """Change brightness, contrast, saturation and hue, in random order."""
     changes = {
         "brightness": functional.adjust_brightness,
@@ -70,7 +73,8 @@ def _jittered(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     }
     for name in rng.permutation(list(JITTER)):
         middle = 0.0 if name == "hue" else 1.0
-        image = changes[name](image, float(rng.uniform(middle - JITTER[name], middle + JITTER[name])))
+        reach = strength * JITTER[name]
+        image = changes[name](image, float(rng.uniform(middle - reach, middle + reach)))
     return image
 
 

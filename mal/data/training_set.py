@@ -149,14 +149,20 @@ class TrainingSet(Dataset[Sample]):
         margin_rate: Sequence[float],
         seed: int,
         max_image_pixels: int,
+        augmentation: float = 1.0,
+        margin_gate: bool = True,
     ) -> None:
-        """``seed``: from 0 on. ``margin_rate``: of `boxes.train_window`. ``max_image_pixels``: of `images.decode`."""
+        """``seed``: from 0 on. ``margin_rate``, ``margin_gate``: of `boxes.train_window`. ``max_image_pixels``: of
+        `images.decode`. ``augmentation``: strength of `augment.student_view`.
+        """
         self._boxes = training_boxes
         self._image_folder = image_folder
         self._crop_size = crop_size
         self._margin_rate = tuple(margin_rate)
         self._seed = seed
         self._max_image_pixels = max_image_pixels
+        self._augmentation = augmentation
+        self._margin_gate = margin_gate
         self._asked = 0
         self._replaced = 0
         self._unreadable: set[int] = set()
@@ -171,12 +177,12 @@ class TrainingSet(Dataset[Sample]):
         rng = augment.sample_generator(self._seed, epoch, asked)
         height, width = image.shape[:2]
         box = boxes.Box(*(float(v) for v in self._boxes.corners[index]))
-        window = boxes.train_window(box, self._margin_rate, rng)
+        window = boxes.train_window(box, self._margin_rate, rng, self._margin_gate)
         pixels = crops.resize(crops.cut(image, window), self._crop_size)
         box_mask = crops.box_mask(window, box, width, height, self._crop_size)
         pixels, box_mask = augment.flip(pixels, box_mask, rng)
         return {
-            "image": augment.normalised(augment.student_view(pixels, rng)),
+            "image": augment.normalised(augment.student_view(pixels, rng, self._augmentation)),
             "teacher_image": augment.normalised(pixels),
             "box_mask": torch.from_numpy(box_mask.astype(np.float32)),
             "area": torch.tensor(boxes.area(box), dtype=torch.float64),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mal import pretrained, storage
+from mal.model.box_evidence import BoxEvidence
 from mal.model.losses import MeanFieldOptions
 from mal.postprocess import NO_CLEANING, Cleaning
 from mal.quality import Calibration, load_calibration
@@ -157,6 +158,14 @@ def _crf(train: TrainSpec) -> MeanFieldOptions:
         iterations=train.crf_num_iter,
         low=train.crf_value_low_thres,
         high=train.crf_value_high_thres,
+        evidence=BoxEvidence(
+            shape_weight=train.crf_shape_weight,
+            shape_radius=train.crf_shape_radius,
+            colour_weight=train.crf_colour_weight,
+            colour_zeta=train.crf_colour_zeta,
+            rounds=train.crf_rounds,
+            network_weight=train.crf_network_weight,
+        ),
     )
 
 

@@ -124,7 +124,13 @@ class VitBackbone(Backbone, VisionTransformer):
 
 
 def build_backbone(
-    name: str, *, crop_size: int = 512, drop_path: float = 0.0, pretrained: bool = False, stem: Stem = "patch"
+    name: str,
+    *,
+    crop_size: int = 512,
+    drop_path: float = 0.0,
+    pretrained: bool = False,
+    stem: Stem = "patch",
+    feature_stride: int = 16,
 ) -> Backbone:
     """The backbone called ``name``: one of `mal.architectures.ARCHITECTURES`, or ``timm/<name>``.
 
@@ -133,6 +139,7 @@ def build_backbone(
         drop_path: rate of stochastic depth of the last block; it grows linearly from 0 (`model.vit_dpr`).
         pretrained: fetch timm's public weights (needs the network, or timm's cache).
         stem: ``conv`` builds a ViT with the research code's convolutional stem, to load its released weights.
+        feature_stride: of a timm model, the coarsest map that is taken (`model.feature_stride`).
 
     Raises:
         SpecError: no such architecture, or it has no public weights, or not that stem.
@@ -142,7 +149,11 @@ def build_backbone(
         from mal.model.timm_backbone import TimmBackbone
 
         return TimmBackbone(
-            name.removeprefix(TIMM_PREFIX), crop_size=crop_size, drop_path=drop_path, pretrained=pretrained
+            name.removeprefix(TIMM_PREFIX),
+            crop_size=crop_size,
+            drop_path=drop_path,
+            pretrained=pretrained,
+            coarsest=feature_stride,
         )
     architecture = get_architecture(name)
     if architecture.family == "vit":

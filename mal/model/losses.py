@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mal.model.mean_field import refine
+from mal.model.box_evidence import NO_EVIDENCE, BoxEvidence, refine_with_evidence
+from mal.model.mean_field import mean_field
 
 DICE_EPSILON = 0.001
 COUNT_EPSILON = 1e-4
@@ -46,6 +47,27 @@ class MeanFieldOptions:
     high: float = 0.9
     size_ratio: float = 1.0
     """Factor on the logits' size at which the CRF loss is computed."""
+    evidence: BoxEvidence = NO_EVIDENCE
+    """What shape and colours add to the probabilities before the mean field; by default nothing."""
+
+    def probabilities(self, image: Tensor, probabilities: Tensor, box_mask: Tensor) -> Tensor:
+        """The refined probabilities: arguments and result as of `mean_field`, the evidence taken into account."""
+
+        def refined(q: Tensor) -> Tensor:
+            return mean_field(
+                image,
+                q,
+                box_mask,
+                kernel_size=self.kernel_size,
+                zeta=self.zeta,
+                iterations=self.iterations,
+                low=self.low,
+                high=self.high,
+            )
+
+        if not self.evidence:
+            return refined(probabilities)
+        return refine_with_evidence(probabilities, image, box_mask, self.evidence, refined)
 
 
 def dice(prediction: Tensor, target: Tensor) -> Tensor:
@@ -102,16 +124,8 @@ def box_losses(
     student_crf = _resize(student[:, None], crf_size)[:, 0]
     with torch.no_grad():
         teacher = _resize(teacher_logits.float().sigmoid()[:, None], crf_size)[:, 0]
-        refined = refine(
-            _resize(images.float(), crf_size),
-            (student_crf + teacher) / 2,
-            _resize(boxes, crf_size)[:, 0],
-            kernel_size=crf.kernel_size,
-            zeta=crf.zeta,
-            iterations=crf.iterations,
-            low=crf.low,
-            high=crf.high,
-        )
+        colours, box = _resize(images.float(), crf_size), _resize(boxes, crf_size)[:, 0]
+        refined = (crf.probabilities(colours, (student_crf + teacher) / 2, box) > 0.5).float()
     crf_per_box = dice(student_crf, refined)
 
     mil = mil_weight * mil_per_box.sum() / (len(mil_per_box) + COUNT_EPSILON)

@@ -50,6 +50,8 @@ class ModelOptions(Protocol):
     def mask_scale_ratio(self) -> float: ...
     @property
     def vit_dpr(self) -> float: ...
+    @property
+    def feature_stride(self) -> int: ...
 
 
 class BoxHead(nn.Module):
@@ -228,7 +230,12 @@ def build_network(model: ModelOptions, *, crop_size: int = 512, stem: Stem = "pa
         stem: ``conv`` for weights of the research code (`mal.model.weights.Checkpoint.stem`).
     """
     backbone = build_backbone(
-        model.arch, crop_size=crop_size, drop_path=model.vit_dpr, pretrained=model.pretrained, stem=stem
+        model.arch,
+        crop_size=crop_size,
+        drop_path=model.vit_dpr,
+        pretrained=model.pretrained,
+        stem=stem,
+        feature_stride=model.feature_stride,
     )
     freeze(backbone, model.frozen_stages)
     return MalNetwork(

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mal.model.losses import MeanFieldOptions
-from mal.model.mean_field import mean_field
 
 SUREST = 0.01
 """Refined probabilities are kept this far from 0 and 1, so that they have logits."""
@@ -29,14 +28,7 @@ def refined_logits(logits: Tensor, images: Tensor, box_mask: Tensor, options: Me
         [B, h, w], float32.
     """
     size = (logits.shape[-2], logits.shape[-1])
-    q = mean_field(
-        F.interpolate(images.float(), size, mode="bilinear", align_corners=False),
-        logits.float().sigmoid(),
-        F.interpolate(box_mask[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0],
-        kernel_size=options.kernel_size,
-        zeta=options.zeta,
-        iterations=options.iterations,
-        low=options.low,
-        high=options.high,
-    )
+    colours = F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
+    box = F.interpolate(box_mask[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
+    q = options.probabilities(colours, logits.float().sigmoid(), box)
     return ((q - options.low) / (options.high - options.low)).clamp(SUREST, 1.0 - SUREST).logit()

@@ -1,8 +1,8 @@
 """Any timm model with a feature map as a backbone, spelled ``timm/<name>``, by timm's own feature interface.
 
-The map is the deepest one at most 16 pixels coarse, as the heads are made for that; later layers are cut off. For plain
-transformers that is the last block, normalised, without class tokens and registers. State-dict names are timm's, with
-`PREFIX` in front.
+The map is the deepest one at most 16 pixels coarse (or `model.feature_stride`), as the heads are made for that; later
+layers are cut off. For plain transformers that is the last block, normalised, without class tokens and registers.
+State-dict names are timm's, with `PREFIX` in front.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mal.errors import SpecError
 from mal.model.backbones import Backbone, Stage, explain_fetching
 
 COARSEST = 16
-"""Pixels of the image per pixel of the map, at most, where the model offers a choice."""
+"""Default of the pixels of the image per pixel of the map, at most, where the model offers a choice."""
 
 PREFIX = "model."
 
@@ -33,6 +33,7 @@ class TimmBackbone(Backbone):
     Args:
         name: of the model in timm, with or without a tag of weights.
         crop_size: side of the images, for the models that are built for one size.
+        coarsest: pixels of the image per pixel of the map, at most, where the model offers a choice.
         drop_path, pretrained: as `mal.model.backbones.build_backbone`.
 
     Raises:
@@ -40,11 +41,19 @@ class TimmBackbone(Backbone):
         CheckpointError: the public weights cannot be fetched.
     """
 
-    def __init__(self, name: str, *, crop_size: int, drop_path: float = 0.0, pretrained: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        crop_size: int,
+        drop_path: float = 0.0,
+        pretrained: bool = False,
+        coarsest: int = COARSEST,
+    ) -> None:
         super().__init__()
         model = _create(name, crop_size, drop_path, pretrained)
         info = _feature_info(model, name)
-        index = _deepest_fine_enough([entry["reduction"] for entry in info])
+        index = _deepest_fine_enough([entry["reduction"] for entry in info], coarsest)
         self.normalise = index == len(info) - 1
         channels = info[index]["num_chs"]
         self.width = int(info[index].get("num_chs_norm", channels) if self.normalise else channels)
@@ -109,7 +118,7 @@ def _feature_info(model: Any, name: str) -> list[dict[str, Any]]:
     return info.info if hasattr(info, "info") else info
 
 
-def _deepest_fine_enough(reductions: list[int]) -> int:
-    """Index of the coarsest map that is not coarser than `COARSEST`, the last one of several; else of the finest."""
-    wanted = max((r for r in reductions if r <= COARSEST), default=min(reductions))
+def _deepest_fine_enough(reductions: list[int], coarsest: int) -> int:
+    """Index of the coarsest map that is not coarser than ``coarsest``, the last one of several; else of the finest."""
+    wanted = max((r for r in reductions if r <= coarsest), default=min(reductions))
     return max(i for i, reduction in enumerate(reductions) if reduction == wanted)

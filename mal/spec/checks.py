@@ -70,6 +70,8 @@ def _model(spec: Spec) -> list[str]:
     name, crop_size = spec.model.arch, spec.dataset.crop_size
     if name.startswith(TIMM_PREFIX):
         return []
+    if spec.model.feature_stride != 16:
+        return [f"model.feature_stride = {spec.model.feature_stride}: only timm/ backbones offer a choice; leave it 16"]
     try:
         stride = get_architecture(name).stride
     except SpecError as error:

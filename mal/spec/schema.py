@@ -54,6 +54,8 @@ class DatasetSpec:
     """Boxes of this area or more (px^2) are not trained on."""
     num_workers_per_gpu: int = key(2, low=0, high=256)
     """Processes that decode and crop for each training worker; 0: the worker itself."""
+    augmentation: float = key(1.0, low=0, high=1)
+    """Strength of the changes of colour and sharpness in the student's view: 1 as published, 0 none."""
     max_image_pixels: int = key(200_000_000, low=1)
     """Images with more pixels are rejected instead of decoded (a decoded image takes 3 bytes a pixel)."""
 
@@ -82,6 +84,8 @@ class ModelSpec:
     """Upsampling inside the mask head."""
     vit_dpr: float = key(0.0, low=0, high=0.99)
     """Drop-path rate of the backbone, in training."""
+    feature_stride: int = key(16, low=4, high=32)
+    """Coarsest feature map that is taken of a `timm/` backbone, in pixels; the others have their own."""
     pretrained: bool = False
     """Start from the weights that timm offers for this backbone (needs a network connection)."""
     strict: bool = True
@@ -150,6 +154,8 @@ class TrainSpec:
     """Half-waves of the cosine."""
     margin_rate: tuple[float, ...] = key((0.0, 1.2), low=0, length=2)
     """Range of the random margin of a training window, in half-extents of its box."""
+    margin_gate: bool = True
+    """Shift training windows at random (margins times g on one side, 1 - g on the other); off: boxes stay centred."""
     test_margin_rate: tuple[float, ...] = key((0.6, 0.6), low=0, length=2)
     """Margin of the window at evaluation and inference (the first is used for every side)."""
     mask_thres: tuple[float, ...] = key((0.1,), low=0, high=1)
@@ -174,6 +180,18 @@ class TrainSpec:
     """Upper clamp of the mean field's probabilities."""
     crf_value_low_thres: float = key(0.1, above=0, high=0.999999)
     """Lower clamp of the mean field's probabilities."""
+    crf_shape_weight: float = key(0.0, low=0)
+    """Weight of a shape prior before the mean field: the mask is likelier within an ellipse in its box; 0: none."""
+    crf_shape_radius: float = key(1.15, above=0)
+    """Size of that ellipse: x^2 + y^2 on it, in half-extents of the box."""
+    crf_colour_weight: float = key(0.0, low=0)
+    """Weight of the crop's colours before the mean field: the object's against the background's; 0: none."""
+    crf_colour_zeta: float = key(0.2, above=0)
+    """Colour distance (in normalised units) within which these count as alike."""
+    crf_rounds: int = key(2, low=1, high=20)
+    """How often colours are counted and the mean field is run, with a shape prior or colours; else it runs once."""
+    crf_network_weight: float = key(1.0, low=0)
+    """Weight of the network's own logits beside the shape prior and the colours."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mal.model.box_evidence import BoxEvidence
 from mal.model.losses import MeanFieldOptions, box_losses, warm_up
 from mal.model.network import StudentTeacher
 from mal.model.optimizer import build_optimizer
@@ -59,6 +60,14 @@ class Stepper:
             low=train.crf_value_low_thres,
             high=train.crf_value_high_thres,
             size_ratio=train.crf_size_ratio,
+            evidence=BoxEvidence(
+                shape_weight=train.crf_shape_weight,
+                shape_radius=train.crf_shape_radius,
+                colour_weight=train.crf_colour_weight,
+                colour_zeta=train.crf_colour_zeta,
+                rounds=train.crf_rounds,
+                network_weight=train.crf_network_weight,
+            ),
         )
 
     def step(self, batches: Sequence[Batch], moment: Moment) -> Tensor:

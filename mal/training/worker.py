@@ -268,6 +268,8 @@ def training_set(task: TrainTask) -> TrainingSet:
         margin_rate=spec.train.margin_rate,
         seed=task.seed,
         max_image_pixels=spec.dataset.max_image_pixels,
+        augmentation=spec.dataset.augmentation,
+        margin_gate=spec.train.margin_gate,
     )
 
 

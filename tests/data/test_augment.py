@@ -61,6 +61,15 @@ def test_how_often_each_change_is_made(pixels: NDArray[np.uint8]) -> None:
     assert 0.15 < grey / 600 < 0.26
 
 
+def test_strength_scales_all_of_it(pixels: NDArray[np.uint8]) -> None:
+    def change(strength: float) -> float:
+        views = (student_view(pixels, sample_generator(1, 0, k), strength) for k in range(100))
+        return float(np.mean([np.abs(view.astype(float) - pixels).mean() for view in views]))
+
+    assert change(0.0) == 0.0
+    assert 0.05 * change(1.0) < change(0.25) < 0.6 * change(1.0)
+
+
 @pytest.mark.parametrize("only", ["JITTER", "GREY", "BLUR"])
 def test_each_change_does_what_it_says(only: str, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("JITTER", "GREY", "BLUR"):

@@ -65,7 +65,7 @@ def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def _set(folder: Path, index: pa.Table, seed: int = 3, size: int = 64) -> TrainingSet:
+def _set(folder: Path, index: pa.Table, seed: int = 3, size: int = 64, **options: Any) -> TrainingSet:
     return TrainingSet(
         collect_boxes([index], 2048, 1e10),
         image_folder=str(folder / "images"),
@@ -73,6 +73,7 @@ def _set(folder: Path, index: pa.Table, seed: int = 3, size: int = 64) -> Traini
         margin_rate=(0.0, 1.2),
         seed=seed,
         max_image_pixels=10**6,
+        **options,
     )
 
 
@@ -144,6 +145,18 @@ def test_a_sample_is_the_crop_of_its_window(scenes_folder: Path, index: pa.Table
         assert float(sample["area"]) == boxes.area(box)
         assert int(sample["id"]) == kept.ids[k]
     assert 0 < flips < len(data)
+
+
+def test_augmentation_and_gate_are_handed_on(scenes_folder: Path, index: pa.Table) -> None:
+    plain = _set(scenes_folder, index, augmentation=0.0, margin_gate=False)
+    kept = collect_boxes([index], 2048, 1e10)
+    for k in range(5):
+        sample = plain[(0, k)]
+        assert torch.equal(sample["image"], sample["teacher_image"])
+        box = boxes.Box(*kept.corners[k].astype(float))
+        window = boxes.train_window(box, (0.0, 1.2), sample_generator(3, 0, k), gate=False)
+        shown = crops.box_mask(window, box, 320, 240, 64)
+        assert any(np.array_equal(sample["box_mask"].numpy(), m) for m in (shown, shown[:, ::-1]))
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(scenes_folder: Path, index: pa.Table) -> None:

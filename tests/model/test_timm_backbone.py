@@ -52,6 +52,14 @@ def test_family_trains(name: str) -> None:
     assert not all(frozen)
 
 
+@pytest.mark.parametrize(("stride", "width"), [(16, 256), (8, 128), (4, 64), (12, 128)])
+def test_a_finer_map_can_be_taken(stride: int, width: int) -> None:
+    backbone = build_backbone("timm/resnet18", crop_size=64, feature_stride=stride)
+    side = 64 // backbone.stride
+    assert (backbone.width, backbone.stride) == (width, min(stride, 8) if stride < 16 else 16)
+    assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, width, side, side)
+
+
 def test_frozen_stages_keep_their_statistics() -> None:
     backbone = build_backbone("timm/resnet18", crop_size=32)
     freeze(backbone, [0])

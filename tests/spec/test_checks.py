@@ -39,6 +39,7 @@ def test_a_complete_spec_passes(complete, action):
     [
         ("model.arch=vit-deit-tinny/16", "vit-deit-tiny/16"),
         ("dataset.crop_size=500", "must be a multiple of 16 for vit-mae-base/16, such as 496 or 512"),
+        ("model.feature_stride=8", "only timm/ backbones offer a choice"),
         ("train.crf_kernel_size=4", "it must be odd"),
         ("train.margin_rate=[1.2,0]", "must not exceed"),
         ("train.mask_thres=[0.1,0.2]", "one value, or three"),
