@@ -1,11 +1,11 @@
 """What each test-time option gains and costs: IoU on boxes with masks, and milliseconds per box, side by side.
 
-    python benchmarks/test_time_options.py COCO_JSON IMAGE_FOLDER                       the built-in model
+    python benchmarks/test_time_options.py COCO_JSON IMAGE_FOLDER [--readme]            the built-in model
     python benchmarks/test_time_options.py COCO_JSON IMAGE_FOLDER --checkpoint C -e SPEC [section.key=value ...]
 
 All options label the same boxes in one process without Ray, some images at a time and in turn, so that a machine whose
 speed changes changes it for all. A cost is the median over those turns, as a part of the student's in the same turn;
-decoding of images and comparing of masks are not counted. Prints Markdown.
+decoding of images and comparing of masks are not counted. Prints Markdown, which ``--readme`` puts into README.md.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from mal.labelling.task import LabelTask, file_fingerprint, make_task
 from mal.spec.load import load_spec
 from mal.spec.schema import EvaluateSpec, Spec
 
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- options -->\n", "<!-- end of options -->"
 TURNS = 10
 """So many times every option is timed."""
 
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="section.key=value", help="values that replace the spec's"
     )
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     options = parser.parse_args()
     given = [] if options.checkpoint is None else [f"evaluate.checkpoint={options.checkpoint}"]
     spec = load_spec(options.experiment_spec, [*options.set, *given], "evaluate")
@@ -199,7 +202,11 @@ def main() -> None:
         boxes = compete(index, made, watch, options.limit)
         rows = [measured(index, one, made[0]) for one in made]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{spec.model.arch}, crop {spec.dataset.crop_size}, {boxes} boxes; {device}\n\n{markdown(rows)}")
+    text = f"{spec.model.arch}, crop {spec.dataset.crop_size}, {boxes:,} boxes, {device}:\n\n{markdown(rows)}"
+    print(f"\n{text}")
+    if options.readme:
+        before, begin, rest = README.read_text().partition(BEGIN)
+        README.write_text(f"{before}{begin}{text}\n{END}{rest.partition(END)[2]}")
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The parts of README.md that follow from the code: the tree with a role per file, and the spec table.
+"""The parts of README.md that follow from the code: the tree with a role per file, the spec table, the architectures.
 
 python tests/readme_parts.py    writes them into README.md; a house test compares
 """
@@ -9,7 +9,8 @@ import ast
 import subprocess
 from pathlib import Path
 
-from mal.spec.document import markdown
+from mal.spec import document
+from mal.tools import catalog
 
 ROOT = Path(__file__).parents[1]
 _WITHOUT_WORDS = {
@@ -66,7 +67,8 @@ def tree() -> str:
 
 def parts() -> dict[str, str]:
     """Marker in README.md -> what stands between it and its end."""
-    return {"tree": f"```\n{tree()}\n```", "spec": markdown()}
+    models = catalog.markdown(catalog.describe_models())
+    return {"tree": f"```\n{tree()}\n```", "spec": document.markdown(), "models": models}
 
 
 def filled(readme: str) -> str:
@@ -74,8 +76,8 @@ def filled(readme: str) -> str:
     for name, text in parts().items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         assert begin in readme, f"README.md has no {begin!r}"
-        assert end in readme, f"README.md has no {end!r}"
         before, _, rest = readme.partition(begin)
+        assert end in rest, f"README.md has no {end!r} behind {begin!r}"
         after = rest.partition(end)[2]
         readme = before + begin + text + end + after
     return readme

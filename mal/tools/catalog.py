@@ -93,6 +93,17 @@ def _weights(name: str) -> str | None:
     return f"timm: {name.removeprefix(TIMM_PREFIX).partition('.')[0]}.{config.tag}" if config.tag else "timm"
 
 
+def markdown(models: Sequence[ModelFacts]) -> str:
+    """The list as a Markdown table, for the README."""
+    lines = ["| `model.arch` | parameters | stride | width | public weights |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{model['name']}` | {model['parameters'] / 1e6:.1f} M | {model['stride']} | {model['width']} | "
+        f"{model['pretrained'] or 'none in timm: `train.pretrained_model_path`'} |"
+        for model in models
+    ]
+    return "\n".join(lines)
+
+
 def format_models(models: Sequence[ModelFacts], *, hint: bool) -> str:
     """The list as aligned plain text."""
     width = max(len(model["name"]) for model in models)

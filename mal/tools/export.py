@@ -59,7 +59,7 @@ def export_onnx(
     crop_size: int | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
-    """Write a network of the checkpoint ``source`` to ``target``. Returns a line on what was measured.
+    """Write a network of the checkpoint ``source`` to ``target``. Returns what was loaded and what was measured.
 
     Args:
         crop_size: side S of the crops; None: that of the checkpoint's spec, else 512.
@@ -76,7 +76,7 @@ def export_onnx(
     size = crop_size or (spec.dataset.crop_size if spec else 512)
     model = model_of(checkpoint, _model_keys(overrides))
     network = build_network(model, crop_size=size, stem=checkpoint.stem)
-    load_network(network, checkpoint, which=which)
+    report = load_network(network, checkpoint, which=which, strict=model.strict)
     network.eval()
     if size % network.backbone.stride:
         raise SpecError(f"--crop-size {size}: it must be a multiple of the backbone's stride {network.backbone.stride}")
@@ -86,6 +86,7 @@ def export_onnx(
         raise MalError(f"{source}: exported to ONNX, {model.arch} gives other logits ({difference:.2g} relative)")
     storage.write_bytes(target, data)
     return (
+        f"{checkpoint}: {report}\n"
         f"{target}: {which} of {model.arch}, images [B, 3, {size}, {size}] and areas [B] to logits, "
         f"{len(data) / 1e6:.1f} MB; onnxruntime agrees with torch within {difference:.1g} of the largest logit"
     )
