@@ -14,7 +14,7 @@ class Board:
         self._notes: list[dict[str, Any]] = []
 
     def write(self, note: dict[str, Any]) -> None:
-        """``{"kind": "steps", "boxes", "loss", ...}`` or ``{"kind": "epoch", "message", "kpi"}``."""
+        """``{"kind": "steps", "boxes", "loss", "waiting"}`` or ``{"kind": "epoch", "message", "kpi"}``."""
         self._notes.append(note)
 
     def take(self) -> list[dict[str, Any]]:

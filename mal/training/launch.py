@@ -166,7 +166,8 @@ def _progress(task: TrainTask, boxes: int, epochs: int, samples: int, status: St
                 for note in ray.get(board.take.remote()):
                     if note["kind"] == "steps":
                         line.advance(note["boxes"], f"loss {note['loss']:.4f}")
-                        metrics.show(figures(already + line.rate.done, per_epoch, line.rate.now, note["loss"]))
+                        done, now = already + line.rate.done, line.rate.now
+                        metrics.show(figures(done, per_epoch, now, note["loss"], note["waiting"]))
                     else:
                         status.write("RUNNING", note["message"], note["kpi"])
                         metrics.show(of_validation(note["kpi"]))
