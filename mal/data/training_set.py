@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from mal import boxes, crops
 from mal.data import augment, images
 from mal.data.index_folder import open_index
+from mal.data.resizing import resize
 from mal.errors import InputError, StorageError
 
 _LOG = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ _CHECKED = range(100, 1000)
 
 
 class Sample(TypedDict):
-    """One box, as the losses want it; the loader stacks them."""
+    """One box, small enough to travel between processes; the loader stacks them, `augment.views` makes the views."""
 
-    image: Tensor  # [3, S, S] float32, normalised: the student's view
-    teacher_image: Tensor  # [3, S, S] float32, normalised: the same crop, clean
-    box_mask: Tensor  # [S, S] float32, 1 inside the box
+    crop: Tensor  # [3, S, S] uint8, clean
+    change: Tensor  # [augment.CHANGE] float32: what the student's view has changed
+    box_mask: Tensor  # [S, S] uint8, 1 inside the box
     area: Tensor  # [] float64, of the clipped box in px^2
     id: Tensor  # [] int64, of the annotation
 
@@ -178,13 +179,13 @@ class TrainingSet(Dataset[Sample]):
         height, width = image.shape[:2]
         box = boxes.Box(*(float(v) for v in self._boxes.corners[index]))
         window = boxes.train_window(box, self._margin_rate, rng, self._margin_gate)
-        pixels = crops.resize(crops.cut(image, window), self._crop_size)
+        pixels = resize(crops.cut(image, window), self._crop_size)
         box_mask = crops.box_mask(window, box, width, height, self._crop_size)
         pixels, box_mask = augment.flip(pixels, box_mask, rng)
         return {
-            "image": augment.normalised(augment.student_view(pixels, rng, self._augmentation)),
-            "teacher_image": augment.normalised(pixels),
-            "box_mask": torch.from_numpy(box_mask.astype(np.float32)),
+            "crop": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
+            "change": torch.from_numpy(augment.draw_change(rng, self._augmentation)),
+            "box_mask": torch.from_numpy(np.ascontiguousarray(box_mask)),
             "area": torch.tensor(boxes.area(box), dtype=torch.float64),
             "id": torch.tensor(int(self._boxes.ids[index])),
         }

@@ -14,7 +14,7 @@ class Board:
         self._notes: list[dict[str, Any]] = []
 
     def write(self, note: dict[str, Any]) -> None:
-        """``{"kind": "steps", "boxes", "loss", "first_step", "losses", "rate"}`` or
+        """``{"kind": "steps", "boxes", "loss", "waiting", "first_step", "losses", "rate"}`` or
         ``{"kind": "epoch", "message", "kpi", "step"}``."""
         self._notes.append(note)
 

@@ -32,6 +32,10 @@ class EventLog:
             self._writer.add_scalar("loss/crf", crf, first_step + place)
         self._writer.add_scalar("learning_rate", rate, first_step + len(values) - 1)
 
+    def waiting(self, step: int, share: float) -> None:
+        """Part of the time up to ``step`` in which the loader was waited for (`mal.training.waiting`)."""
+        self._writer.add_scalar("waiting_share", share, step)
+
     def scores(self, step: int, scores: Mapping[str, float]) -> None:
         for name, value in scores.items():
             self._writer.add_scalar(f"validation/{name}", value, step)

@@ -187,7 +187,8 @@ def _progress(
                 for note in ray.get(board.take.remote()):
                     if note["kind"] == "steps":
                         line.advance(note["boxes"], f"loss {note['loss']:.4f}")
-                        metrics.show(figures(already + line.rate.done, per_epoch, line.rate.now, note["loss"]))
+                        done, now = already + line.rate.done, line.rate.now
+                        metrics.show(figures(done, per_epoch, now, note["loss"], note["waiting"]))
                         runs.steps(note["first_step"], note["losses"], note["rate"])
                     else:
                         status.write("RUNNING", note["message"], note["kpi"])

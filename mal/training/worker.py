@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mal import storage
+from mal.data.augment import views
 from mal.data.sampler import OffsetSampler
 from mal.data.training_set import TrainingSet, load_training_boxes
 from mal.errors import MalError, NonFiniteLossError, OutOfMemoryError
@@ -29,6 +30,7 @@ from mal.training.events import EventLog
 from mal.training.step import Batch, Moment, Stepper
 from mal.training.task import TrainTask
 from mal.training.validation import validate
+from mal.training.waiting import Waiting
 
 REPORT_SECONDS = 2.0
 """The losses are read and shared by all workers this often; between, no step waits for the device."""
@@ -117,6 +119,8 @@ class Worker:
             batch_size=spec.train.batch_size * spec.train.accum_grad_batches,
         )
         self.loader = self._loader()
+        self.waiting = Waiting(self.device)
+        self._reported = self.waiting.mark()
         shown = self.rank == 0 and "tensorboard" in spec.train.loggers
         self.events = EventLog(self.task.folder) if shown else None
 
@@ -133,6 +137,7 @@ class Worker:
         """What is left of an epoch, then checkpoint and validation if they are due; less if a pause is asked for."""
         epoch = self.state.epoch
         self.stepper.model.train()
+        begun = self._reported = self.waiting.mark()
         for step, batches in self._batches():
             self._pending.append(self.stepper.step(batches, Moment(epoch, step, self.steps_per_epoch)))
             self.state.global_step += 1
@@ -140,6 +145,7 @@ class Worker:
             if self._after_step() and self.state.offset < len(self.data):
                 return
         self._share_losses()
+        waiting_share = self.waiting.share(begun)
         self.state.epoch, self.state.offset = epoch + 1, 0
         train = self.task.spec.train
         last = self.state.epoch == train.num_epochs
@@ -149,15 +155,15 @@ class Worker:
         by_epoch = train.checkpoint_interval_unit == "epoch"
         if last or self.paused or (by_epoch and self.state.epoch % train.checkpoint_interval == 0):
             self._save()
-        self._note_epoch(epoch, self.state.scores if validated else {})
+        self._note_epoch(epoch, {"waiting_share": waiting_share, **(self.state.scores if validated else {})})
 
     def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
         """This rank's batches of what is left of the epoch, grouped by optimiser step, with the step's number in it."""
         self.sampler.set_position(self.state.epoch, self.state.offset)
         step = self.state.offset // self.global_batch
         group: list[Batch] = []
-        for batch in self.loader:
-            group.append(batch)
+        for batch in self.waiting.over(self.loader):
+            group.append(views(batch, self.device))
             if len(group) == self.task.spec.train.accum_grad_batches:
                 yield step, group
                 step, group = step + 1, []
@@ -237,13 +243,16 @@ class Worker:
         rate = self.stepper.optimizer.param_groups[0]["lr"]
         if self.events is not None:
             self.events.losses(first, values, rate)
+            self.events.waiting(self.state.global_step, self.waiting.share(self._reported))
         steps = {"first_step": first, "losses": values.tolist(), "rate": rate}
-        self._note({"kind": "steps", "boxes": len(values) * self.global_batch, "loss": self.state.loss, **steps})
+        boxes, waiting = len(values) * self.global_batch, self.waiting.share(self._reported)
+        self._note({"kind": "steps", "boxes": boxes, "loss": self.state.loss, "waiting": waiting, **steps})
+        self._reported = self.waiting.mark()
 
-    def _note_epoch(self, epoch: int, scores: Mapping[str, float]) -> None:
-        kpi = {"train_loss": self.state.loss, **scores}
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in kpi.items())
-        message = f"epoch {epoch + 1} of {self.task.spec.train.num_epochs} done: {figures}"
+    def _note_epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
+        kpi = {"train_loss": self.state.loss, **figures}
+        told = ", ".join(f"{name} {value:.4f}" for name, value in kpi.items())
+        message = f"epoch {epoch + 1} of {self.task.spec.train.num_epochs} done: {told}"
         self._note({"kind": "epoch", "message": message, "kpi": kpi, "step": self.state.global_step})
 
     def _note(self, note: dict[str, Any]) -> None:

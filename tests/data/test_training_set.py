@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from mal import boxes, crops, rows
 from mal.data import images
-from mal.data.augment import normalised, sample_generator
+from mal.data.augment import draw_change, sample_generator
 from mal.data.index import build_index
 from mal.data.sampler import OffsetSampler
 from mal.data.scenes import write_scenes
@@ -138,10 +138,13 @@ def test_a_sample_is_the_crop_of_its_window(scenes_folder: Path, index: pa.Table
         box_mask = crops.box_mask(window, box, 320, 240, 64)
         if rng.random() < 0.5:
             plain, box_mask, flips = plain[:, ::-1], box_mask[:, ::-1], flips + 1
-        assert torch.equal(sample["teacher_image"], normalised(plain))
+        crop = sample["crop"].permute(1, 2, 0).numpy()
+        assert np.abs(crop.astype(int) - plain).max() <= 2  # resized by torch, not by Pillow
+        assert np.array_equal(sample["change"].numpy(), draw_change(rng))
         assert np.array_equal(sample["box_mask"].numpy(), box_mask)
-        assert sample["image"].shape == (3, 64, 64)
-        assert sample["image"].dtype == sample["teacher_image"].dtype == sample["box_mask"].dtype == torch.float32
+        assert sample["crop"].shape == (3, 64, 64)
+        assert sample["crop"].dtype == sample["box_mask"].dtype == torch.uint8
+        assert all(sample[name].is_contiguous() for name in ("crop", "box_mask"))
         assert float(sample["area"]) == boxes.area(box)
         assert int(sample["id"]) == kept.ids[k]
     assert 0 < flips < len(data)
@@ -166,8 +169,8 @@ def test_samples_depend_on_seed_epoch_and_index_alone(scenes_folder: Path, index
     again = [copy[(0, k)] for k in reversed(range(8))][::-1]
     for a, b in zip(first, again, strict=True):
         assert _equal(a, b)
-    assert not torch.equal(data[(1, 0)]["teacher_image"], first[0]["teacher_image"])
-    assert not torch.equal(_set(scenes_folder, index, seed=4)[(0, 0)]["teacher_image"], first[0]["teacher_image"])
+    assert not torch.equal(data[(1, 0)]["crop"], first[0]["crop"])
+    assert not torch.equal(_set(scenes_folder, index, seed=4)[(0, 0)]["crop"], first[0]["crop"])
 
 
 def test_loading_processes_give_the_same_batches(scenes_folder: Path, index: pa.Table) -> None:
@@ -180,7 +183,7 @@ def test_loading_processes_give_the_same_batches(scenes_folder: Path, index: pa.
     here, there = batches(0), batches(2)
     assert len(here) == len(there) > 1
     for a, b in zip(here, there, strict=True):
-        assert a["image"].shape == (4, 3, 64, 64)
+        assert a["crop"].shape == (4, 3, 64, 64)
         assert _equal(a, b)
 
 
@@ -197,7 +200,7 @@ def test_an_unreadable_image_is_replaced_and_named_once(
         samples = [data[(0, int(k))] for k in lost]
     assert {int(s["id"]) for s in samples} == {int(kept.ids[lost[-1] + 1])}
     assert len([r for r in caplog.records if "gone.jpg" in r.getMessage()]) == 1
-    assert not torch.equal(samples[0]["teacher_image"], samples[1]["teacher_image"])
+    assert not torch.equal(samples[0]["crop"], samples[1]["crop"])
     assert int(data[(0, 0)]["id"]) == kept.ids[0]
 
 
