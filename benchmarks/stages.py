@@ -100,8 +100,7 @@ def measure(ann_path: str, img_dir: str, crop_size: int, runs: int) -> tuple[dic
     def normalise() -> None:
         for _ in range(count // BATCH):
             for k in range(BATCH):
-                one[k].copy_(resized[k])
-            predictor._normalise(one)
+                predictor._normalised_into(one[k], resized[k])
 
     batches = [items[k : k + BATCH] for k in range(0, count, BATCH)]
     places = [[place(image, box, window, made) for image, box, window in batch] for batch in batches]

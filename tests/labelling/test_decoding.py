@@ -97,16 +97,16 @@ _HUGE = """
         def forward(self, images, areas):
             return torch.full((len(images), 8, 8), 9.0)
     plain = dict(category_id=1, score=None, clipped=False, segmentation=None, carried=None)
-    bboxes = [[0.0, 0.0, 10_000.0, 10_000.0], [5000.5, 10.0, 3.0, 4.0], [100.0, 100.0, 900.0, 9000.0]]
+    bboxes = [[[0.0, 0.0, 10_000.0, 10_000.0], [100.0, 100.0, 90.0, 900.0]], [[5000.5, 10.0, 3.0, 4.0]] * 2]
     images = [
-        dict(image_id=n, file_name="huge.png", width=10_000, height=10_000,
-             boxes=[dict(position=3 * n + k, id=3 * n + k, bbox=b, **plain) for k, b in enumerate(bboxes)])
+        dict(image_id=n, file_name="huge.jpg", width=10_000, height=10_000,
+             boxes=[dict(position=2 * n + k, id=2 * n + k, bbox=b, **plain) for k, b in enumerate(bboxes[n > 0])])
         for n in range(int(sys.argv[2]))
     ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with ThreadPoolExecutor(2) as pool:
         found = label_rows(task, Predictor(Everywhere(), crop_size=64), pool, pa.Table.from_pylist(images, rows.INDEX))
-    assert found["reason"].null_count == len(found) == 3 * len(images), found
+    assert found["reason"].null_count == len(found) == 2 * len(images), found
     assert min(found["area"].to_pylist()) > 0
     print("GREW", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
@@ -116,10 +116,10 @@ _HUGE = """
 def test_images_of_a_hundred_megapixels_are_labelled_within_the_stated_memory(tmp_path):
     from PIL import Image
 
-    Image.new("RGB", (10_000, 10_000), (90, 140, 20)).save(tmp_path / "huge.png", compress_level=1)
+    Image.new("RGB", (10_000, 10_000), (90, 140, 20)).save(tmp_path / "huge.jpg")
     program = tmp_path / "huge.py"
     program.write_text(textwrap.dedent(_HUGE))
-    done = subprocess.run([sys.executable, program, tmp_path, "5"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, program, tmp_path, "3"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     grew = int(done.stdout.split("GREW")[1])
     in_threads = 2 * 4 * 10_000 * 10_000  # what the two threads need besides the pixels they give
