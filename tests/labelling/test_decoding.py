@@ -113,18 +113,19 @@ _HUGE = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_images_of_a_hundred_megapixels_are_labelled_within_the_stated_memory(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (10_000, 10_000), (90, 140, 20)).save(tmp_path / "huge.jpg")
     program = tmp_path / "huge.py"
     program.write_text(textwrap.dedent(_HUGE))
-    done = subprocess.run([sys.executable, program, tmp_path, "3"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, program, tmp_path, "2"], capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr[-2000:]
     grew = int(done.stdout.split("GREW")[1])
     in_threads = 2 * 4 * 10_000 * 10_000  # what the two threads need besides the pixels they give
-    masks = 10_000 * 10_000 * 3  # of one box as large as the image, and its parts
-    assert grew < 1.5 * HELD_BYTES + in_threads + masks
+    largest = 10 * 10_000 * 10_000  # for the window and the mask of a box as large as the image
+    assert grew < HELD_BYTES + in_threads + largest
 
 
 def _cluster(cpus: float) -> Cluster:
