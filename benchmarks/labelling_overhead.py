@@ -46,14 +46,21 @@ class FullBoxes(Predictor):
     def __init__(self) -> None:
         pass
 
-    def predict(self, items: Sequence[BoxItem]) -> list[MaskResult]:
-        return [self._mask(item) for item in items]
+    def crops_of(self, items: Sequence[BoxItem]) -> Any:
+        return items
+
+    def answer(self, crops: Any) -> Any:
+        return crops
+
+    def masks_of(self, answer: Any) -> list[MaskResult]:
+        return [self._mask(item) for item in answer]
 
     def _mask(self, item: BoxItem) -> MaskResult:
         height, width = item.image.shape[:2]
         pixels = outer_pixels(item.box, width, height)
         mask = np.ones((pixels.height, pixels.width), np.uint8, order="F")
-        return MaskResult(masks.encode(mask, pixels, height, width), mask.size, 1.0, 1.0)
+        counts, bounds = masks.encode_bounded(mask, pixels, height, width)
+        return MaskResult(counts, mask.size, 1.0, 1.0, bounds)
 
 
 class NullLabeler(ShardLabeler):
@@ -69,7 +76,7 @@ class NullLabeler(ShardLabeler):
 
     def label(self, shard: int) -> tuple[int, int]:
         done = super().label(shard)
-        Path(self.task.results_dir, f"peak-{os.getpid()}").write_text(str(_peak()))
+        Path(self.task.results_dir, f"peak-{os.getpid()}").write_text(f"{_peak()} {time.process_time()}")
         return done
 
 
@@ -136,10 +143,20 @@ def run_once(boxes: int, actors: int) -> dict[str, float]:
         seconds["merge"] = time.perf_counter() - begun
         assert counts.total == boxes
         assert not counts.rejected, counts
-        peaks = [int(path.read_text()) for path in folder.rglob("peak-*")]
+        notes = [path.read_text().split() for path in folder.rglob("peak-*")]
+        peaks, actors_cpu = [int(note[0]) for note in notes], sum(float(note[1]) for note in notes)
         sizes = {"shards": len(run.shards), "output_mb": (folder / "labels.json").stat().st_size / 1e6}
         memory = {"driver_mb": _peak() / 1e6, "actor_mb": max(peaks) / 1e6}
-        return {"boxes": boxes, **seconds, **sizes, **memory, "store_mb": watch.peak / 1e6, "spilled": watch.spilled}
+        return {
+            "boxes": boxes,
+            **seconds,
+            **sizes,
+            **memory,
+            "store_mb": watch.peak / 1e6,
+            "spilled": watch.spilled,
+            "actor_cpu": actors_cpu,
+            "driver_cpu": time.process_time(),
+        }
 
 
 def main() -> None:
@@ -171,6 +188,7 @@ def report(result: dict[str, float]) -> str:
         f"{result['boxes']:,.0f} boxes in {result['shards']:,.0f} shards: {total:.1f} s, "
         f"{result['boxes'] / total:,.0f} boxes/s, {total / result['boxes'] * 1e6:.0f} us a box\n"
         f"  {stages}; {result['output_mb'] / result['merge']:.0f} MB/s merged\n"
+        f"  CPU with start-up: driver {result['driver_cpu']:.1f} s, actors {result['actor_cpu']:.1f} s\n"
         f"  peak memory: driver {result['driver_mb']:,.0f} MB, actor {result['actor_mb']:,.0f} MB, "
         f"object store {result['store_mb']:.1f} MB; spilled {result['spilled']:,.0f} bytes"
     )

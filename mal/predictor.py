@@ -212,8 +212,13 @@ class Predictor:
         pixels = [crops.cut(item.image, window) for item, window in zip(items, windows, strict=True)]
         images = torch.empty(len(items), 3, size, size, device=self.device)
         for image, source in zip(images, _upload(pixels, self.device), strict=True):
-            image.copy_(_resize(source, size, whole=source.device.type == "cpu"))
-        _normalise(images)
+            resized = _resize(source, size, whole=source.device.type == "cpu")
+            if images.device.type == "cpu":
+                _normalised_into(image, resized)
+            else:
+                image.copy_(resized)
+        if images.device.type != "cpu":
+            _normalise(images)
         placements = []
         for item, window, band in zip(items, windows, band_index(areas), strict=True):
             height, width = item.image.shape[:2]
@@ -328,6 +333,17 @@ def _filter(planes: Tensor, shape: tuple[int, int], whole: bool) -> Tensor:
     if whole:
         return F.interpolate(planes, shape, mode="bicubic", antialias=True)
     return F.interpolate(planes, shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+
+
+_SCALE = [1 / (255 * std) for std in IMAGENET_STD]
+_OFFSET = [torch.tensor(-mean / std) for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+
+
+def _normalised_into(image: Tensor, pixels: Tensor) -> None:
+    """`_normalise` of ``pixels`` [3, S, S] into ``image`` on a CPU: plane by plane, each while it is in the cache."""
+    for plane, values, scale, offset in zip(image, pixels, _SCALE, _OFFSET, strict=True):
+        plane.copy_(values)
+        torch.add(offset, plane, alpha=scale, out=plane)
 
 
 def _normalise(images: Tensor) -> None:

@@ -76,3 +76,20 @@ def test_a_response_that_breaks_off_is_asked_for_again(monkeypatch):
     monkeypatch.setattr(storage, "_read_once", breaks_twice)
     assert storage.read_bytes("s3://bucket/key") == b"whole"
     assert len(calls) == 3
+
+
+def test_whatever_is_read_in_pieces_is_asked_for_again_too(monkeypatch):
+    monkeypatch.setattr(storage, "_READ_PAUSES", (0.0, 0.0))
+    calls: list[str] = []
+
+    def breaks(path: str) -> int:
+        calls.append(path)
+        if len(calls) < 3:
+            raise OSError("curlCode: 56, Failure when receiving data from the peer")
+        return 7
+
+    assert storage.retried("s3://bucket/key", breaks) == 7
+    calls.clear()
+    with pytest.raises(StorageError, match="/local/file: cannot read it: curlCode"):
+        storage.retried("/local/file", breaks)
+    assert len(calls) == 1

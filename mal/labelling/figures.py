@@ -16,7 +16,7 @@ METRICS = {
     "boxes_per_second": "over the last minute",
     "boxes_per_second_mean": "since this attempt began",
     "seconds_left": "at the mean rate",
-    "actors": "actors that have finished a shard lately",
+    "actors": "actors that are alive; before that is known, those that have finished a shard lately",
 }
 """Name -> meaning. Prometheus knows them as ``ray_mal_<name>``, with the run's folder as the tag ``run``."""
 
@@ -39,6 +39,8 @@ class LabellingFigures:
         self._clock = clock
         self._rate = Rate(clock)
         self._seen: dict[str, tuple[float, float]] = {}
+        self.alive: int | None = None
+        """Actors that are alive, if somebody has looked (`live_actors`)."""
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Count a row of `mal.labelling.actor.REPORT`."""
@@ -48,7 +50,9 @@ class LabellingFigures:
 
     @property
     def actors(self) -> int:
-        """Actors that have finished a shard within the time of a few of theirs; one that died drops out."""
+        """Those alive, or that have finished a shard within the time of a few of theirs; one that died drops out."""
+        if self.alive is not None:
+            return self.alive
         now = self._clock()
         return sum(now - then <= _LATELY_SECONDS + _LATELY_SHARDS * took for then, took in self._seen.values())
 
@@ -65,6 +69,21 @@ class LabellingFigures:
             "seconds_left": (self.total - done) / mean if self._rate.done else math.nan,
             "actors": float(self.actors),
         }
+
+
+def live_actors(name: str) -> int | None:
+    """Actors of this job that are alive and whose class has ``name`` in its name; None if Ray cannot tell now."""
+    import ray
+    from ray.util.state import list_actors
+    from ray.util.state.exception import RayStateApiException
+
+    job = ray.get_runtime_context().get_job_id()
+    wanted: list[Any] = [("state", "=", "ALIVE"), ("job_id", "=", job)]
+    try:
+        found = list_actors(filters=wanted, limit=10_000, timeout=5, raise_on_missing_output=False)
+    except (RayStateApiException, OSError, ValueError):  # no dashboard, or one that is busy
+        return None
+    return sum(name in (actor.class_name or "") for actor in found)
 
 
 class RayMetrics:

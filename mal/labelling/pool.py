@@ -12,9 +12,9 @@ from typing import Any, cast
 import pyarrow as pa
 
 from mal import storage
-from mal.errors import MalError
+from mal.errors import ClusterError, MalError
 from mal.labelling.actor import LEFT, ShardLabeler
-from mal.labelling.figures import LabellingFigures, RayMetrics
+from mal.labelling.figures import LabellingFigures, RayMetrics, live_actors
 from mal.labelling.task import LabelTask
 from mal.run.cluster import Cluster
 from mal.run.progress import ProgressLine
@@ -54,9 +54,23 @@ def pool_size(spec: Spec, pool: PoolSpec, cluster: Cluster, shards: int) -> Pool
     if not cluster.gpus and not pool.max_actors:
         most = max(most, int(cluster.worker_cpus // pool.cpus_per_actor))
     most = max(1, min(most, shards))
+    if pool.decode == "nodes":
+        most = _leave_cpus(most, pool, cluster)
     size = PoolSize(min(pool.min_actors, most), most, pool.cpus_per_actor, 1.0 if cluster.gpus else 0.0)
     cluster.check_room(Need("actor", size.least, size.cpus, size.gpus, "lower cpus_per_actor or min_actors"))
     return size
+
+
+def _leave_cpus(most: int, pool: PoolSpec, cluster: Cluster) -> int:
+    """At most ``most`` actors, so few that a CPU is left to decode for them; without one they would wait for ever."""
+    fitting = int((cluster.cpus - 1) // pool.cpus_per_actor)
+    if fitting < pool.min_actors:
+        raise ClusterError(
+            f"decode = nodes: a CPU is needed besides those of {pool.min_actors} actors with {pool.cpus_per_actor:g} "
+            f"each, the cluster has {cluster.cpus:g} in all: lower cpus_per_actor or min_actors, add nodes, or let the "
+            "actors decode"
+        )
+    return min(most, fitting)
 
 
 def label_all(
@@ -84,12 +98,16 @@ def label_all(
 
     def report(line: str) -> None:
         status.write("RUNNING", line, figures.values())
+        figures.alive = live_actors(f"({labeler.__name__})")
 
-    with ProgressLine("labelling", boxes, "boxes", already=boxes_done, on_line=report) as progress:
+    def people() -> str:
+        return f"{figures.actors} actors, {figures.rejected} rejected"
+
+    with ProgressLine("labelling", boxes, "boxes", already=boxes_done, on_line=report, describe=people) as progress:
         for row in _until_paused(_reports(task, size, todo, labeler)):
             figures.add(row)
             metrics.show(figures.values())
-            progress.advance(row["boxes"], f"{figures.actors} actors, {figures.rejected} rejected")
+            progress.advance(row["boxes"])
         return progress.rate.seconds
 
 

@@ -74,7 +74,9 @@ class _Work:
         self.ends = np.cumsum(counts)
         structs = lists.flatten()
         columns = dict(zip([field.name for field in rows.BOX], structs.flatten(), strict=True))
-        self.truths = columns["segmentation"]
+        self.truths: list[str | None] = columns["segmentation"].to_pylist()
+        sizes = [(record["height"], record["width"]) for record in self.records]
+        self.sizes = [sizes[k] for k in image.tolist()]
         self.columns = {name: columns[name] for name in _OF_BOX}
         self.columns |= {name: index_rows[name].take(pa.array(image)) for name in _OF_IMAGE}
         xywh = columns["bbox"].flatten().to_numpy().reshape(-1, 4)
@@ -149,19 +151,19 @@ class _Labels:
 
     def add(self, place: int, result: MaskResult) -> None:
         """Take the mask of a box: cleaned, and compared with the input's if masks are loaded."""
-        record_size = self._work.columns["height"][place].as_py(), self._work.columns["width"][place].as_py()
+        size = self._work.sizes[place]
         if self._task.cleaning:
-            counts = clean(result.counts, *record_size, self._task.cleaning)
-            area, bounds = masks.area(counts, *record_size), masks.bounds(counts, *record_size)
+            counts = clean(result.counts, *size, self._task.cleaning)
+            area, bounds = masks.area(counts, *size), masks.bounds(counts, *size)
             result = result._replace(counts=counts, area=area, bounds=bounds)
         self._found[place] = result
-        truth = self._work.truths[place].as_py()
+        truth = self._work.truths[place]
         if truth is not None:
             try:
-                wanted = masks.from_segmentation(json.loads(truth), *record_size)
+                wanted = masks.from_segmentation(json.loads(truth), *size)
             except InputError:  # the box is labelled all the same; there is nothing to compare its mask with
                 return
-            own = masks.rle(result.counts, *record_size)
+            own = masks.rle(result.counts, *size)
             self._iou[place], self._boundary_iou[place] = masks.iou(own, wanted), masks.boundary_iou(own, wanted)
 
     def table(self) -> pa.Table:

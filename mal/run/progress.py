@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -57,7 +58,8 @@ class Rate:
 class ProgressLine:
     """Shows ``label: done/total unit, rate, time left, extra``; as a bar on a terminal, else a line every 30 s.
 
-    Use as a context manager and call `advance`. The last state is always shown.
+    Use as a context manager and call `advance`. The lines come whether it is called or not: a thread writes them, and
+    ``on_line`` runs in it. The last state is always shown. ``describe`` gives what is shown behind the figures.
     """
 
     def __init__(
@@ -70,13 +72,17 @@ class ProgressLine:
         stream: TextIO | None = None,
         every: float = LOG_SECONDS,
         on_line: Callable[[str], None] | None = None,
+        describe: Callable[[], str] | None = None,
     ) -> None:
         self.label, self.total, self.unit, self.already = label, total, unit, already
         self.rate = Rate()
         self.extra = ""
+        self._describe = describe or (lambda: self.extra)
         self._stream = stream or sys.stderr
         self._every, self._on_line = every, on_line
-        self._last_line = time.monotonic()
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self.failed: BaseException | None = None
         self._bar: Progress | None = None
         if self._stream.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -89,7 +95,7 @@ class ProgressLine:
         parts = [f"{done:,.0f}/{self.total:,.0f} {self.unit}", f"{self.rate.now:.1f}/s (mean {self.rate.mean:.1f}/s)"]
         if self.rate.done and done < self.total:
             parts.append(f"{duration((self.total - done) / self.rate.mean)} left")
-        return ", ".join(parts + ([self.extra] if self.extra else []))
+        return ", ".join([*parts, self._describe()]).removesuffix(", ")
 
     def advance(self, units: float, extra: str = "") -> None:
         """``units`` more are done; ``extra`` is shown behind the figures."""
@@ -97,24 +103,43 @@ class ProgressLine:
         self.extra = extra or self.extra
         if self._bar is not None:
             self._bar.update(self._task, completed=self.already + self.rate.done, text=self.text())
-        if time.monotonic() - self._last_line >= self._every:
-            self._show()
+        if self.failed is not None:
+            raise self.failed
 
-    def _show(self) -> None:
-        self._last_line = time.monotonic()
+    def _tick(self) -> None:
+        try:
+            while not self._over.wait(self._every):
+                self._show()
+        except BaseException as error:  # noqa: BLE001  a full disk, say: it stops the work, in its own thread
+            self.failed = error
+
+    def _print(self) -> None:
         if self._bar is None:
             print(f"{self.label}: {self.text()}", file=self._stream, flush=True)
+
+    def _show(self) -> None:
+        self._print()
         if self._on_line is not None:
             self._on_line(self.text())
 
     def __enter__(self) -> ProgressLine:
         if self._bar is not None:
             self._bar.start()
+        self._ticker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._show()
-        if self._bar is not None:
-            self._bar.stop()
+        self._over.set()
+        self._ticker.join()
+        try:
+            if error is not None:
+                self._print()  # and nothing is written that could fail as well
+            elif self.failed is not None:
+                raise self.failed
+            else:
+                self._show()
+        finally:
+            if self._bar is not None:
+                self._bar.stop()

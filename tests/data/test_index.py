@@ -387,3 +387,18 @@ def test_real_coco(shared_dir, tmp_path, part, labelled, crowds):
         assert (image_id, item["bbox"]) == (annotation["image_id"], annotation["bbox"])
         assert json.loads(item["segmentation"]) == annotation["segmentation"]
     assert [json.loads(text) for text in index.kept()["text"].to_pylist()] == list(given_.values())
+
+
+@pytest.mark.slow
+def test_a_hundred_megabytes_in_one_line(tmp_path):
+    count = 700_000
+    with open(tmp_path / "in.json", "w") as file:
+        file.write('{"images": [{"id": 1, "file_name": "a", "width": 640, "height": 480}], "annotations": [')
+        for first in range(0, count, 10_000):
+            text = ', "image_id": 1, "category_id": 1, "bbox": [12.34, 56.78, 123.45, 234.56], "area": 28956.43'
+            text += ', "iscrowd": 0, "note": "a line"}'
+            file.write((", " if first else "") + ", ".join(f'{{"id": {first + k}{text}' for k in range(10_000)))
+        file.write("]}")
+    assert (tmp_path / "in.json").stat().st_size > 100_000_000
+    index = build_index(str(tmp_path / "in.json"), str(tmp_path / "index"))
+    assert (index.summary.boxes, index.summary.annotations) == (count, count)

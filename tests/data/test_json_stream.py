@@ -1,10 +1,12 @@
 import json
 
 import msgspec
+import pyarrow.fs as pafs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mal import storage
 from mal.data.json_buffer import NotJsonError, dump, parse, strict
 from mal.data.json_stream import Element, JsonFile, TextDecoder
 from mal.errors import InputError, StorageError
@@ -206,3 +208,32 @@ def test_a_mistake_is_placed_in_bytes():
 @given(values)
 def test_dump_and_parse_are_inverse(value):
     assert parse(dump(value), 0) == value
+
+
+def test_a_connection_that_breaks_is_gone_on_with_at_its_place(tmp_path, monkeypatch):
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps({"list": list(range(2000))}))
+    monkeypatch.setattr(storage, "is_remote", lambda _: True)
+    monkeypatch.setattr(storage, "_READ_PAUSES", (0.0, 0.0))
+    opened = []
+
+    class Breaking:
+        def __init__(self, file):
+            self._file, self._left = file, 3
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def read(self, size):
+            if self._left == 0:
+                raise OSError("broken pipe")
+            self._left -= 1
+            return self._file.read(size)
+
+    open_read = storage.open_read
+    monkeypatch.setattr(storage, "resolve", lambda p: (pafs.LocalFileSystem(), str(p)))
+    monkeypatch.setattr(storage, "open_read", lambda p: opened.append(p) or Breaking(open_read(p)))
+    with JsonFile(str(path), chunk_bytes=500) as file:
+        texts = [text for member in file.members() for text in member.chunks(TextDecoder())]
+    assert json.loads(b"[" + b",".join(texts) + b"]") == list(range(2000))
+    assert len(opened) > 4

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
+import random
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +17,8 @@ import pytest
 from mal import masks, rows
 from mal.boxes import Window
 from mal.data.index import build_index
+from mal.errors import StorageError
+from mal.inference.annotations import OutputOptions, annotation_texts
 from mal.inference.merge import merge
 
 
@@ -38,7 +44,9 @@ def run(tmp_path):
         table = pa.Table.from_pylist(found, schema=rows.LABELS)
         paths.append(str(tmp_path / f"{shard}.parquet"))
         pq.write_table(table, paths[-1])
-    return lambda path: merge(index, paths, str(path), str(tmp_path / "ledger.parquet"))
+    return lambda path, **options: merge(
+        index, paths, str(path), str(tmp_path / "ledger.parquet"), OutputOptions(**options)
+    )
 
 
 def test_a_compressed_file_holds_the_same_and_the_same_bytes_each_time(run, tmp_path):
@@ -63,3 +71,97 @@ def test_every_box_is_in_the_file_or_in_the_ledger_as_rejected(run, tmp_path):
         7: "empty_box: [1, 1, -4, 4]",
         20: "missing_image: x: y",
     }
+
+
+@pytest.mark.parametrize("ending", [".json", ".json.gz"])
+def test_files_per_shard_hold_together_what_the_one_file_holds(run, tmp_path, ending):
+    run(tmp_path / "whole.json")
+    run(tmp_path / f"parts{ending}", per_shard=True)
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    files = sorted((tmp_path / "parts").iterdir())
+    read = {f.name.removesuffix(ending): f.read_bytes() for f in files}
+    parts = {name: json.loads(gzip.decompress(b) if ending.endswith("gz") else b) for name, b in read.items()}
+    rest = parts.pop("rest")
+    assert list(parts) == [f"part-{k:06d}" for k in range(len(parts))]
+    assert len(parts) > 5
+    assert [a for part in parts.values() for a in part["annotations"]] + rest["annotations"] == whole["annotations"]
+    assert [a["id"] for a in rest["annotations"]] == [8]
+    assert {k: v for k, v in rest.items() if k != "annotations"} == {
+        k: v for k, v in whole.items() if k != "annotations"
+    }
+    images = {image["id"]: image for image in whole["images"]}
+    for part in parts.values():
+        assert {a["image_id"] for a in part["annotations"]} <= {image["id"] for image in part["images"]}
+        assert all(images[image["id"]] == image for image in part["images"])
+        assert part["categories"] == whole["categories"]
+
+
+def test_a_disk_that_fills_up_while_merging_leaves_the_old_file_and_the_next_merge_works(run, tmp_path):
+    labels = tmp_path / "labels.json"
+    labels.write_text("the old one")
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=rf"(labels\.json|ledger\.parquet).*{os.strerror(errno.EFBIG)}"):
+            run(labels)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert labels.read_text() == "the old one"
+    assert sorted(tmp_path.iterdir()) == before
+    run(labels)
+    assert len(json.loads(labels.read_text())["annotations"]) == 38
+
+
+CARRIED = [
+    None,
+    "{}",
+    '{ "note": "x, \\"y\\" }", "deep": {"iou": [1, {"a": null}]}}',
+    '{"score": "high", "a": 1}',
+    '{"quality": 0.5, "low_quality": true}',
+    '{"\\u0073core": "spelled", "b": "\\u00e9"}',
+    '{"ünïcode 图": "图片"}',
+]
+
+
+def test_the_text_of_annotations_is_that_of_their_fields():
+    moments = random.Random(3)
+    made = []
+    for k in range(300):
+        known = moments.random() < 0.5
+        made.append(
+            {
+                "position": k,
+                "id": moments.randrange(-(2**62), 2**62),
+                "image_id": k,
+                "category_id": moments.randrange(99),
+                "bbox": [moments.choice([1e22, 0.1, -5.0, 1e-9, moments.uniform(0, 999)]) for _ in range(4)],
+                "score": moments.random() if known else None,
+                "iou": moments.random() if moments.random() < 0.3 else None,
+                "clipped": known,
+                "carried": moments.choice(CARRIED),
+                "file_name": "x",
+                "height": 480,
+                "width": 640,
+                "counts": "".join(chr(moments.randrange(48, 112)) for _ in range(30)),
+                "area": k,
+                "quality": moments.random(),
+                "reason": "low_quality: 0.1" if k % 5 == 0 else None,
+                "model": "m",
+            }
+        )
+    table = pa.Table.from_pylist(made, schema=rows.LABELS)
+    for dump in (False, True):
+        texts = annotation_texts(table.slice(7), OutputOptions(dump_quality=dump)).to_pylist()
+        for text, row in zip(texts, table.slice(7).to_pylist(), strict=True):
+            expected = json.loads(row["carried"] or "{}")
+            expected.pop("quality", None)
+            expected.pop("low_quality", None)
+            expected |= {name: row[name] for name in ("id", "image_id", "category_id", "bbox", "area")}
+            expected |= {"iscrowd": 0, "segmentation": {"size": [480, 640], "counts": row["counts"]}}
+            for name in ("score", "iou", "quality") if dump else ("score", "iou"):
+                if row[name] is not None:
+                    expected[name] = row[name]
+            if row["reason"]:
+                expected["low_quality"] = True
+            assert json.loads(text) == expected

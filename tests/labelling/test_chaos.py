@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,26 +60,53 @@ class Slow(ShardLabeler):
         return super().decode(record)
 
 
-def test_actors_killed_again_and_again(line, tmp_path, undisturbed):
+@contextlib.contextmanager
+def _killing(pids: Path, kills: int) -> Iterator[list[int]]:
+    """Meanwhile, processes that left their ids in ``pids`` are killed, at seeded moments; gives those killed."""
     moments, killed, done = random.Random(7), [], threading.Event()
 
     def kill() -> None:
-        while not done.is_set() and len(killed) < 5:
-            time.sleep(moments.uniform(0.3, 1.5))
-            alive = [int(p.name) for p in (tmp_path / "pids").glob("*") if int(p.name) not in killed]
-            if alive and not done.is_set():
-                victim = moments.choice(alive)
-                os.kill(victim, signal.SIGKILL)
+        while len(killed) < kills and not done.wait(moments.uniform(0.2, 0.8)):
+            alive = [int(p.name) for p in pids.glob("*") if int(p.name) not in killed]
+            if alive:
+                victim = moments.choice(sorted(alive))
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(victim, signal.SIGKILL)
                 killed.append(victim)
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        run_inference(line.spec(tmp_path), Slow)
+        yield killed
     finally:
         done.set()
         killer.join()
+
+
+def test_actors_killed_again_and_again(line, tmp_path, undisturbed):
+    with _killing(tmp_path / "pids", kills=5) as killed:
+        run_inference(line.spec(tmp_path), Slow)
     assert len(killed) >= 3
+    assert check_account(tmp_path, line.document) == ALWAYS_REJECTED
+    assert label_table(tmp_path).to_pylist() == undisturbed
+
+
+class SlowOnNodes(ShardLabeler):
+    """The processes that decode leave their ids in the run's folder, and take their time."""
+
+    def decode(self, record: dict[str, Any]) -> NDArray[np.uint8]:
+        folder = Path(self.task.shards_folder).parent / "pids"
+        folder.mkdir(exist_ok=True)
+        (folder / str(os.getpid())).touch()
+        time.sleep(0.25)
+        return super().decode(record)
+
+
+def test_cpu_workers_that_decode_killed_again_and_again(line, tmp_path, undisturbed):
+    with _killing(tmp_path / "pids", kills=5) as killed:
+        run_inference(line.spec(tmp_path, "inference.decode=nodes"), SlowOnNodes)
+    assert len(killed) >= 3
+    assert os.getpid() not in killed
     assert check_account(tmp_path, line.document) == ALWAYS_REJECTED
     assert label_table(tmp_path).to_pylist() == undisturbed
 
@@ -245,7 +274,7 @@ def _finished(folder: Path) -> int:
 def _kill_at(command: subprocess.Popen[bytes], folder: Path, moments: random.Random, late: bool) -> str:
     """SIGKILL the driver: early, at any moment of its start; or late, soon after its first finished shard."""
     before = _finished(folder)
-    deadline = time.monotonic() + (120 if late else moments.uniform(0.5, 8.0))
+    deadline = time.monotonic() + (240 if late else moments.uniform(0.5, 6.0))
     while time.monotonic() < deadline and command.poll() is None:
         if late and _finished(folder) > before:
             time.sleep(moments.uniform(0.0, 0.6))
@@ -259,19 +288,28 @@ def _kill_at(command: subprocess.Popen[bytes], folder: Path, moments: random.Ran
 
 
 def test_drivers_killed_at_ten_random_moments(line, tmp_path, tmp_path_factory, undisturbed):
-    """Shards of two boxes in one slow-starting process after another: most kills hit a run at work."""
+    """Shards of two boxes in one slow-starting process after another: most kills hit a run at work.
+
+    Early kills, and two of the late ones, take the driver's own Ray with them; the others leave a cluster behind whose
+    actors may still be at work when the next driver begins.
+    """
+    import ray
+
     arguments = line.arguments(tmp_path, "inference.shard_boxes=2", "inference.max_actors=1", "ray.object_store_gb=0.1")
     spec = tmp_path / "spec.yaml"
     spec.write_text("strategy: ddp\n")
     command = [sys.executable, "-m", "mal.cli", "inference", "-e", str(spec), *arguments]
-    environment = _own_ray(tmp_path_factory.mktemp("r"))
+    own = _own_ray(tmp_path_factory.mktemp("r"))
+    shared = {**own, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     moments, ends = random.Random(2026), []
     for kill in range(10):
+        late = kill % 2 == 1
+        environment = shared if late and kill not in (3, 7) else own
         with open(tmp_path / "driver.log", "ab") as log:
             driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            ends.append(_kill_at(driver, tmp_path, moments, late=kill % 2 == 1))
+            ends.append(_kill_at(driver, tmp_path, moments, late=late))
     assert "had ended" not in ends, ends
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=shared, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sum(end[0].isdigit() and end[0] != "0" for end in ends) >= 3, f"too few kills hit a run at work: {ends}"
     assert check_account(tmp_path, line.document) == ALWAYS_REJECTED

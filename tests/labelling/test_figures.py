@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 
-from mal.labelling.figures import METRICS, LabellingFigures, RayMetrics
+from mal.labelling.figures import METRICS, LabellingFigures, RayMetrics, live_actors
 
 
 def _report(actor: str, boxes: int, rejected: int = 0, seconds: float = 1.0) -> dict[str, object]:
@@ -41,6 +41,37 @@ def test_an_actor_that_is_not_heard_of_any_more_is_not_counted():
     figures.add(_report("fast", 1, seconds=2.0))
     now[0] = 200.0
     assert figures.actors == 1
+
+
+def test_actors_that_are_alive_are_counted_where_that_is_known():
+    figures = LabellingFigures(1000, 0)
+    figures.add(_report("a", 1))
+    assert figures.actors == 1
+    figures.alive = 5
+    assert figures.values()["actors"] == 5
+
+
+@pytest.mark.ray
+def test_ray_tells_how_many_actors_are_alive(ray_here):
+    import ray
+
+    class Counted:
+        def ready(self) -> bool:
+            return True
+
+    actors = [ray.remote(num_cpus=0)(Counted).remote() for _ in range(3)]
+    ray.get([actor.ready.remote() for actor in actors])
+    _wait_for(lambda: live_actors("Counted") == 3)
+    ray.kill(actors.pop())
+    _wait_for(lambda: live_actors("Counted") == 2)
+    assert live_actors("Nobody") == 0
+
+
+def _wait_for(what) -> None:
+    deadline = time.monotonic() + 60
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert what()
 
 
 @pytest.mark.ray

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+import time
 
 import pytest
 
 from mal.errors import MalError, RunMismatchError
 from mal.run.manifest import claim
-from mal.run.progress import ProgressLine, Rate, duration
+from mal.run.progress import LOG_SECONDS, ProgressLine, Rate, duration
 from mal.run.status import task_status
 
 
@@ -44,17 +46,51 @@ def test_a_folder_refuses_what_it_was_not_begun_with(tmp_path):
     assert "crop" not in str(caught.value)
 
 
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end():
-    stream = io.StringIO()
-    with ProgressLine("labelling", 100, "boxes", already=10, stream=stream, every=0.0) as line:
+def _wait_for(what) -> None:
+    deadline = time.monotonic() + 30
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert what()
+
+
+def test_a_log_gets_a_line_now_and_then_even_if_nothing_moves_and_one_at_the_end():
+    stream, told = io.StringIO(), []
+    with ProgressLine("labelling", 100, "boxes", already=10, stream=stream, every=0.01, on_line=told.append) as line:
         line.advance(30)
+        _wait_for(lambda: len(told) >= 3)
         line.advance(60, "2 actors")
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("labelling: 40/100 boxes, ")
-    assert " left" in lines[0]
+    assert len(lines) == len(told)
+    assert lines[2].startswith("labelling: 40/100 boxes, ")
+    assert " left" in lines[2]
     assert lines[-1].startswith("labelling: 100/100 boxes, ")
-    assert lines[-1].endswith("2 actors")
+    assert lines[-1].endswith("/s), 2 actors")
     assert " left" not in lines[-1]
+
+
+def test_by_default_a_line_comes_every_thirty_seconds():
+    assert inspect.signature(ProgressLine).parameters["every"].default == LOG_SECONDS == 30.0
+
+
+def test_what_a_line_says_is_asked_for_when_it_is_written():
+    stream = io.StringIO()
+    with ProgressLine("x", 1, "boxes", stream=stream, describe=lambda: "3 actors, 4 rejected"):
+        pass
+    assert stream.getvalue().endswith(", 3 actors, 4 rejected\n")
+
+
+def test_a_status_that_cannot_be_written_stops_the_work():
+    def full(_: str) -> None:
+        raise OSError("the disk is full")
+
+    def work() -> None:
+        with ProgressLine("x", 9, "boxes", stream=io.StringIO(), every=0.01, on_line=full) as line:
+            _wait_for(lambda: line.failed is not None)
+            line.advance(1)
+            raise AssertionError("went on")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        work()
 
 
 def test_a_bar_is_drawn_on_a_terminal():
