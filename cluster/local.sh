@@ -15,11 +15,15 @@ port="${MAL_LOCAL_PORT:-26379}"
 cpus="${MAL_LOCAL_CPUS:-2}"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token" OMP_WAIT_POLICY=passive
 
-# node NAME ARGUMENTS...: one Ray node in the background, its number kept.
+# node NAME NUMBER ARGUMENTS...: one Ray node in the background, its process's number kept. A node whose ports are given
+# need not wait for its agents to choose some, which on a busy machine takes longer than Ray waits.
 node() {
-  local name="$1"
-  shift
-  setsid ray start --block --num-cpus="$cpus" --object-store-memory=500000000 "$@" > "$folder/$name.log" 2>&1 < /dev/null &
+  local name="$1" first=$((port + 10 * ($2 + 1)))
+  shift 2
+  setsid ray start --block --num-cpus="$cpus" --object-store-memory=500000000 \
+    --dashboard-agent-listen-port="$first" --dashboard-agent-grpc-port=$((first + 1)) \
+    --runtime-env-agent-port=$((first + 2)) --metrics-export-port=$((first + 3)) \
+    "$@" > "$folder/$name.log" 2>&1 < /dev/null &
   echo $! >> "$folder/pids"
 }
 
@@ -34,18 +38,24 @@ print(sum(node["raylet"].get("state") == "ALIVE" for node in nodes))
 END
 }
 
-# wait_for COUNT NAME: until there are so many nodes; if NAME ends before, its log is named and everything stopped.
-wait_for() {
-  for ((tries = 0; tries < 120; tries++)); do
-    if (($(alive) >= $1)); then
-      return
-    fi
-    if ! kill -0 "$(tail -n 1 "$folder/pids")" 2> /dev/null; then
-      break
-    fi
-    sleep 0.5
+# up COUNT NAME NUMBER ARGUMENTS...: a node, until there are COUNT of them. On a busy machine Ray gives a start up after
+# fifteen seconds; it is tried three times.
+up() {
+  local count="$1" tries
+  shift
+  for _ in 1 2 3; do
+    node "$@"
+    for ((tries = 0; tries < 240; tries++)); do
+      if (($(alive) >= count)); then
+        return
+      fi
+      kill -0 "$(tail -n 1 "$folder/pids")" 2> /dev/null || break
+      sleep 0.5
+    done
+    kill -KILL -- "-$(tail -n 1 "$folder/pids")" 2> /dev/null || true
+    sed -i '$d' "$folder/pids"
   done
-  echo "$2 did not start: $folder/$2.log" >&2
+  echo "$1 did not start: $folder/$1.log" >&2
   stop
   exit 1
 }
@@ -57,14 +67,11 @@ start() {
   fi
   mkdir -p "$folder"
   (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$folder/token")
-  node head --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
-    --dashboard-agent-listen-port=$((port + 2)) --ray-client-server-port=$((port + 3)) \
-    --temp-dir="$folder/ray" --disable-usage-stats
-  wait_for 1 head
+  up 1 head 0 --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
+    --ray-client-server-port=$((port + 2)) --temp-dir="$folder/ray" --disable-usage-stats
   # One after the other: two that start at the same moment take the same name for their sockets, and both end.
   for ((k = 1; k <= $1; k++)); do
-    node "worker$k" --address="127.0.0.1:$port" --dashboard-agent-listen-port=$((port + 3 + k))
-    wait_for $((k + 1)) "worker$k"
+    up $((k + 1)) "worker$k" "$k" --address="127.0.0.1:$port"
   done
   echo "started $((1 + $1)) nodes in $folder; next: eval \"\$(cluster/local.sh env)\"" >&2
 }

@@ -40,6 +40,7 @@ from mal.labelling.attempts import Attempts, one_by_one
 from mal.labelling.decoding import Decode, Images, InThreads, OnNodes, decode_image
 from mal.labelling.shard import label_rows, rejected_rows
 from mal.labelling.task import LabelTask, file_fingerprint
+from mal.labelling.waiting import Waiting
 from mal.model.network import MalNetwork, build_network
 from mal.model.precision import compute_name
 from mal.model.weights import load_network, read_checkpoint
@@ -52,6 +53,7 @@ REPORT = pa.schema(
         ("boxes", pa.int64()),
         ("rejected", pa.int64()),
         ("seconds", pa.float64()),
+        ("waited", pa.float64()),  # of these, how long the network waited for images
         ("actor", pa.string()),
         ("error", pa.binary()),  # a pickled MalError, after which the run stops; null if the shard is done
     ]
@@ -80,6 +82,7 @@ class ShardLabeler:
     def __init__(self, task: LabelTask) -> None:
         os.environ.update(task.environment)
         self.task = task
+        self.waiting = Waiting()
         self.pool = ThreadPoolExecutor(task.decode_threads, thread_name_prefix="decode")
         self._not_begun: MalError | None = None
         try:
@@ -122,7 +125,7 @@ class ShardLabeler:
         return pa.Table.from_pylist([self._report(shard) for shard in batch["shard"].to_pylist()], schema=REPORT)
 
     def _report(self, shard: int) -> dict[str, Any]:
-        begun = time.perf_counter()
+        begun, waited = time.perf_counter(), self.waiting.seconds
         report = {"shard": LEFT, "boxes": 0, "rejected": 0, "actor": actor_name(), "error": None}
         try:
             if self._not_begun is not None:
@@ -132,7 +135,7 @@ class ShardLabeler:
                 report["shard"] = shard
         except MalError as error:
             report["error"] = pickle.dumps(error)
-        return {**report, "seconds": time.perf_counter() - begun}
+        return {**report, "seconds": time.perf_counter() - begun, "waited": self.waiting.seconds - waited}
 
     def label(self, shard: int) -> tuple[int, int]:
         """Label one shard, unless its file is there already.
@@ -209,7 +212,7 @@ class ShardLabeler:
         return not others
 
     def _label_rows(self, work: pa.Table) -> pa.Table:
-        return label_rows(self.task, self.predictor, self.images, work)
+        return label_rows(self.task, self.predictor, self.images, work, self.waiting)
 
     def _try_network(self) -> None:
         side = self.task.crop_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ METRICS = {
     "boxes_per_second_mean": "since this attempt began",
     "seconds_left": "at the mean rate",
     "actors": "actors that are alive; before that is known, those that have finished a shard lately",
+    "waiting_share": "part of the actors' time, over the last minute, in which the network waits for images, in 0..1",
 }
 """Name -> meaning. Prometheus knows them as ``ray_mal_<name>``, with the run's folder as the tag ``run``."""
 
@@ -41,12 +43,17 @@ class LabellingFigures:
         self._seen: dict[str, tuple[float, float]] = {}
         self.alive: int | None = None
         """Actors that are alive, if somebody has looked (`live_actors`)."""
+        self._waits: deque[tuple[float, float, float]] = deque()  # when, seconds waited, seconds
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Count a row of `mal.labelling.actor.REPORT`."""
         self._rate.add(report["boxes"])
         self.rejected += report["rejected"]
-        self._seen[report["actor"]] = (self._clock(), report["seconds"])
+        now = self._clock()
+        self._seen[report["actor"]] = (now, report["seconds"])
+        self._waits.append((now, report["waited"], report["seconds"]))
+        while now - self._waits[0][0] > _LATELY_SECONDS:
+            self._waits.popleft()
 
     @property
     def actors(self) -> int:
@@ -55,6 +62,12 @@ class LabellingFigures:
             return self.alive
         now = self._clock()
         return sum(now - then <= _LATELY_SECONDS + _LATELY_SHARDS * took for then, took in self._seen.values())
+
+    @property
+    def waiting_share(self) -> float:
+        """Of the shards that were reported within the last minute; NaN before the first."""
+        worked = sum(seconds for _, _, seconds in self._waits)
+        return sum(waited for _, waited, _ in self._waits) / worked if worked else math.nan
 
     def values(self) -> dict[str, float]:
         """By the names of METRICS; what is not known yet is NaN."""
@@ -68,6 +81,7 @@ class LabellingFigures:
             "boxes_per_second_mean": mean,
             "seconds_left": (self.total - done) / mean if self._rate.done else math.nan,
             "actors": float(self.actors),
+            "waiting_share": self.waiting_share,
         }
 
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from mal.labelling.waiting import Waiting
 from mal.predictor import Answer, BoxItem, Crops, MaskResult, Predictor
 
 T = TypeVar("T")
@@ -23,7 +24,11 @@ AHEAD = 2
 
 
 def predict_all(
-    predictor: Predictor, batches: Iterator[tuple[T, Sequence[BoxItem]]], *, overlap: bool
+    predictor: Predictor,
+    batches: Iterator[tuple[T, Sequence[BoxItem]]],
+    *,
+    overlap: bool,
+    waiting: Waiting | None = None,
 ) -> Iterator[tuple[T, list[MaskResult]]]:
     """The masks of ``batches``, in their order; each is given as a key that comes back, and its items.
 
@@ -33,20 +38,22 @@ def predict_all(
     Args:
         batches: pulled in another thread if ``overlap``.
         overlap: do the three stages in three threads.
+        waiting: measures how long the network waits for what it is to see.
     """
+    waiting = waiting or Waiting()
     if not overlap:
-        for key, items in batches:
+        for key, items in waiting.over(batches):
             yield key, _in_parts(_crops(predictor, items), lambda crops: predictor.masks_of(predictor.answer(crops)))
         return
     prepared = ((key, _crops(predictor, items)) for key, items in batches)
-    waiting: deque[tuple[T, list[Future[list[MaskResult]]]]] = deque()
+    unfinished: deque[tuple[T, list[Future[list[MaskResult]]]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="masks") as finisher:
-        for key, parts in ahead(prepared, AHEAD):
-            waiting.append((key, _answered(predictor, parts, finisher)))
-            while len(waiting) > AHEAD or (waiting and all(future.done() for future in waiting[0][1])):
-                done, futures = waiting.popleft()
+        for key, parts in waiting.over(ahead(prepared, AHEAD)):
+            unfinished.append((key, _answered(predictor, parts, finisher)))
+            while len(unfinished) > AHEAD or (unfinished and all(future.done() for future in unfinished[0][1])):
+                done, futures = unfinished.popleft()
                 yield done, [result for future in futures for result in future.result()]
-        for done, futures in waiting:
+        for done, futures in unfinished:
             yield done, [result for future in futures for result in future.result()]
 
 

@@ -22,6 +22,7 @@ from mal.errors import InputError
 from mal.labelling.decoding import HELD_BYTES, Images, InThreads, decode_image
 from mal.labelling.pipeline import predict_all
 from mal.labelling.task import LabelTask
+from mal.labelling.waiting import Waiting
 from mal.postprocess import clean
 from mal.predictor import BoxItem, MaskResult, Predictor
 
@@ -30,7 +31,11 @@ _OF_IMAGE = ("image_id", "file_name", "height", "width")
 
 
 def label_rows(
-    task: LabelTask, predictor: Predictor, images: Images | ThreadPoolExecutor, index_rows: pa.Table
+    task: LabelTask,
+    predictor: Predictor,
+    images: Images | ThreadPoolExecutor,
+    index_rows: pa.Table,
+    waiting: Waiting | None = None,
 ) -> pa.Table:
     """Label every box of some rows of the index.
 
@@ -38,6 +43,7 @@ def label_rows(
         images: gives the images, or has the threads that decode them. What decoding raises besides ImageError comes
             out of here.
         index_rows: rows.INDEX.
+        waiting: measures how long the network waits for images.
 
     Returns:
         rows.LABELS, one row per box in the order of ``position``, rejected boxes included.
@@ -47,7 +53,7 @@ def label_rows(
     work = _Work(index_rows)
     labels = _Labels(task, work)
     batches = _batches(task, work, labels, images)
-    for batch, results in predict_all(predictor, batches, overlap=task.overlap):
+    for batch, results in predict_all(predictor, batches, overlap=task.overlap, waiting=waiting):
         for place, result in zip(batch, results, strict=True):
             labels.add(place, result)
     return labels.table()

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-START_SECONDS = 120
+START_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Head:
     @property
     def token(self) -> str:
         return self.token_file.read_text()
+
+    def is_up(self) -> bool:
+        """Whether the job server answers."""
+        try:
+            self.get("/api/jobs/")
+        except OSError:
+            return False
+        return True
 
     def nodes(self) -> int:
         """How many there are."""
@@ -70,13 +78,13 @@ def head_node(folder: Path, cpus: int = 4, node_types: dict[str, Any] | None = N
     """
     token_file = folder / "token"
     token_file.write_text(secrets.token_hex(32))
-    gcs, dashboard, agent, client, metrics = _free_ports(5)
+    gcs, dashboard, client, *agents = _free_ports(7)
     environment = _environment(token_file)
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={gcs}"),
         *(f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-        *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
-        *(f"--metrics-export-port={metrics}", f"--num-cpus={cpus}", "--object-store-memory=200000000"),
+        *_agent_ports(agents),
+        *(f"--ray-client-server-port={client}", f"--num-cpus={cpus}", "--object-store-memory=200000000"),
         "--disable-usage-stats",
     ]
     if node_types is not None:
@@ -85,9 +93,14 @@ def head_node(folder: Path, cpus: int = 4, node_types: dict[str, Any] | None = N
         command += [f"--autoscaling-config={config}", "--node-ip-address=127.0.0.1"]
         environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     head = Head(f"http://127.0.0.1:{dashboard}", token_file, folder, f"127.0.0.1:{gcs}")
-    with _running(command, environment, folder / "head.log") as process:
-        _wait_until_up(head, process)
+    with _running(command, environment, folder / "head.log", head.is_up):
         yield head
+
+
+def _agent_ports(ports: list[int]) -> list[str]:
+    """With given ports a node need not wait for its agents to choose some, which on a busy machine takes too long."""
+    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    return [f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)]
 
 
 def _environment(token_file: Path) -> dict[str, str]:
@@ -100,37 +113,54 @@ def _environment(token_file: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``ray start --block`` in a process group of its own, stopped in the end."""
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+def _running(
+    command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """``ray start --block`` in a process group of its own, up; stopped in the end.
+
+    On a busy machine Ray gives a start up after fifteen seconds: it is tried again.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        process = _start(command, environment, log)
+        while process.poll() is None and time.monotonic() < deadline and not is_up():
+            time.sleep(0.5)
+        if process.poll() is None and is_up():
+            break
+        _stop(process)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no node: {log.read_text()[-2000:]}")
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
-            os.killpg(process.pid, signal.SIGKILL)
+        _stop(process)
+
+
+def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("w") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End it and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
 
 
 @contextlib.contextmanager
 def worker_node(head: Head, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
     """One node more, on this machine. Kill it by `kill_node`."""
     before = head.nodes()
-    (agent,) = _free_ports(1)
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={head.gcs}"),
-        *(f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus}", "--object-store-memory=200000000"),
+        *(*_agent_ports(_free_ports(4)), f"--num-cpus={cpus}", "--object-store-memory=200000000"),
     ]
-    with _running(command, _environment(head.token_file), head.folder / f"node{before}.log") as process:
-        deadline = time.monotonic() + START_SECONDS
-        while head.nodes() <= before:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no node: {(head.folder / f'node{before}.log').read_text()[-2000:]}")
-            time.sleep(0.5)
+    log = head.folder / f"node{before}.log"
+    with _running(command, _environment(head.token_file), log, lambda: head.nodes() > before) as process:
         yield process
 
 
@@ -169,14 +199,3 @@ def _autoscaling(gcs: str, node_types: dict[str, Any]) -> dict[str, Any]:
         "rsync_filter": [],
         **{name: [] for name in (*lists, *commands)},
     }
-
-
-def _wait_until_up(head: Head, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        with contextlib.suppress(OSError):
-            head.get("/api/jobs/")
-            return
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"no head node: {(head.folder / 'head.log').read_text()[-2000:]}")
-        time.sleep(0.5)

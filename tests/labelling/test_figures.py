@@ -9,10 +9,11 @@ import urllib.request
 import pytest
 
 from mal.labelling.figures import METRICS, LabellingFigures, RayMetrics, live_actors
+from mal.labelling.waiting import Waiting
 
 
-def _report(actor: str, boxes: int, rejected: int = 0, seconds: float = 1.0) -> dict[str, object]:
-    return {"actor": actor, "boxes": boxes, "rejected": rejected, "seconds": seconds}
+def _report(actor: str, boxes: int, rejected: int = 0, seconds: float = 1.0, waited: float = 0.25) -> dict[str, object]:
+    return {"actor": actor, "boxes": boxes, "rejected": rejected, "seconds": seconds, "waited": waited}
 
 
 def test_figures_count_what_earlier_attempts_did_but_not_in_the_rate():
@@ -30,6 +31,7 @@ def test_figures_count_what_earlier_attempts_did_but_not_in_the_rate():
         "boxes_per_second_mean": 10.0,
         "seconds_left": 50.0,
         "actors": 2,
+        "waiting_share": 0.25,
     }
     assert set(figures.values()) == set(METRICS)
 
@@ -72,6 +74,30 @@ def _wait_for(what) -> None:
     while not what() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert what()
+
+
+def test_the_share_of_waiting_is_that_of_the_last_minute():
+    now = [0.0]
+    figures = LabellingFigures(1000, 0, clock=lambda: now[0])
+    assert math.isnan(figures.waiting_share)
+    for seconds, waited in ((10.0, 10.0), (30.0, 3.0), (10.0, 1.0)):
+        figures.add(_report("a", 1, seconds=seconds, waited=waited))
+        now[0] += 50.0
+    assert figures.waiting_share == pytest.approx(4.0 / 40.0)
+
+
+def test_waiting_is_counted_and_work_is_not():
+    now = [0.0]
+
+    def slow():
+        for item in range(3):
+            now[0] += 2.0
+            yield item
+
+    waiting = Waiting(lambda: now[0])
+    for _ in waiting.over(slow()):
+        now[0] += 5.0
+    assert waiting.seconds == 6.0
 
 
 @pytest.mark.ray
