@@ -16,8 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from mal.evaluation.launch import scores
 from mal.evaluation.quality_report import quality_report
 from mal.labelling import shard
 from mal.labelling.actor import load_predictor
-from mal.labelling.run import LabelledRun
+from mal.labelling.decoding import Record, decode_image
+from mal.labelling.shard import label_rows
 from mal.labelling.task import LabelTask, file_fingerprint, make_task
 from mal.spec.load import load_spec
 from mal.spec.schema import EvaluateSpec, Spec
@@ -96,6 +96,16 @@ class Stopwatch:
         return timed
 
 
+class Decoded:
+    """Images that have been decoded already (`mal.labelling.decoding.Images`)."""
+
+    def __init__(self, work: pa.Table, task: LabelTask) -> None:
+        self.images = [decode_image(task, record) for record in work.to_pylist()]
+
+    def __call__(self, records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
+        return zip(records, self.images, strict=True)
+
+
 def contestants(spec: Spec, img_dir: str, categories: dict[int, str], watch: Stopwatch, names: list[str]) -> list[Any]:
     """One predictor per option, each with its own weights."""
     as_given = {name: getattr(spec.evaluate, name) for name in PLAIN if name != "quality_path"}
@@ -119,8 +129,9 @@ def contestants(spec: Spec, img_dir: str, categories: dict[int, str], watch: Sto
             categories=categories,
         )
         predictor: Any = load_predictor(task)
-        predictor.predict = watch.around(predictor.predict)
-        made.append(Contestant(name, task, predictor))
+        for stage in ("crops_of", "answer", "masks_of"):
+            setattr(predictor, stage, watch.around(getattr(predictor, stage)))
+        made.append(Contestant(name, dataclasses.replace(task, overlap=False), predictor))
     return made
 
 
@@ -129,16 +140,14 @@ def compete(index: Index, made: list[Contestant], watch: Stopwatch, images: int)
     work = pa.concat_tables([index.read_shard(number) for number in range(index.shards)])
     work = work.filter(pa.compute.greater(pa.compute.list_value_length(work["boxes"]), 0)).slice(0, images or None)
     step = max(1, -(-work.num_rows // TURNS))
-    with ThreadPoolExecutor(2) as threads:
-        for turn, start in enumerate(range(0, work.num_rows, step)):
-            part = work.slice(start, step)
-            decoded = {row["image_id"]: shard.decode_image(made[0].task, row) for row in part.to_pylist()}
-            for one in made[turn % len(made) :] + made[: turn % len(made)]:
-                watch.seconds = 0.0
-                found = shard.label_rows(one.task, one.predictor, threads, part, lambda row: decoded[row["image_id"]])  # noqa: B023
-                one.labels.append(found)
-                one.seconds.append(watch.seconds)
-            print(f"turn {turn + 1}: {start + part.num_rows} of {work.num_rows} images", flush=True)
+    for turn, start in enumerate(range(0, work.num_rows, step)):
+        part = work.slice(start, step)
+        images_of = Decoded(part, made[0].task)
+        for one in made[turn % len(made) :] + made[: turn % len(made)]:
+            watch.seconds = 0.0
+            one.labels.append(label_rows(one.task, one.predictor, images_of, part))
+            one.seconds.append(watch.seconds)
+        print(f"turn {turn + 1}: {start + part.num_rows} of {work.num_rows} images", flush=True)
     return sum(table.num_rows for table in made[0].labels)
 
 
@@ -148,7 +157,7 @@ def measured(index: Index, one: Contestant, first: Contestant) -> dict[str, Any]
         path = f"{folder}/part-000000.parquet"
         pq.write_table(pa.concat_tables(one.labels), path)
         table = box_table([path], index.summary.categories)
-        quality = quality_report(LabelledRun(index, [path], 0.0, table.num_rows, ""))
+        quality = quality_report([path], index.summary.categories)
     result, boundary = scores(table, "iou").result(), scores(table, "boundary_iou").result()
     per_box = [s * 1000 / labels.num_rows for s, labels in zip(one.seconds, one.labels, strict=True) if labels.num_rows]
     return {

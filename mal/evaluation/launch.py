@@ -96,7 +96,7 @@ def _measure_masks(spec: Spec, run: LabelledRun, folder: str) -> _Measured:
         raise InputError(
             f"dataset.val_ann_path = {spec.dataset.val_ann_path!r}: none of its boxes has a mask to compare with"
         )
-    report = quality_report(run)
+    report = quality_report(run.shards, names)
     path = storage.join(folder, "quality.json")
     storage.write_bytes(path, json.dumps(report, indent=1).encode() + b"\n")
     files = write_box_table(table, folder, spec.evaluate.per_box)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mal import boxes, quality, storage
-from mal.labelling.run import LabelledRun
 
 _COLUMNS = [
     *("image_id", "iou", "area", "bbox", "width", "height"),
@@ -21,25 +21,28 @@ ESTIMATES = ("calibrated", "without_classes", "uncalibrated", "mean_probability"
 """What is compared: the calibration, one that does not know the boxes' classes, none, and the plainest estimate."""
 
 
-def quality_report(run: LabelledRun) -> dict[str, Any]:
+def quality_report(shards: Sequence[str], categories: Mapping[int, str]) -> dict[str, Any]:
     """The content of ``quality.json``: what was measured, and the calibration that inference can use.
 
     The calibrated figures are those of boxes that the calibration had not seen: it is fitted five times, each time
     without a fifth of the images. ``without_classes`` is what to expect on classes that this file does not have. The
     calibration that is written is fitted on all.
 
+    Args:
+        shards: parquet files of rows.LABELS; boxes without an IoU do not count.
+        categories: id -> name; an unknown id stands for itself.
+
     Returns:
         ``boxes`` counted, the `mal.quality.QualityReport` of each of `ESTIMATES`, and ``calibration``. With fewer than
         `mal.quality.FEWEST_BOXES` boxes, only ``boxes``.
     """
-    table = read_scored(run, _COLUMNS)
+    table = read_scored(shards, _COLUMNS)
     report: dict[str, Any] = {"boxes": table.num_rows}
     if table.num_rows < quality.FEWEST_BOXES:
         return report
     evidence = np.array([_evidence(row) for row in table.to_pylist()])
     ious = table["iou"].to_numpy().astype(np.float64)
-    names = run.index.summary.categories
-    classes = [names.get(category, str(category)) for category in table["category_id"].to_pylist()]
+    classes = [categories.get(category, str(category)) for category in table["category_id"].to_pylist()]
     images = table["image_id"].to_numpy()
     estimates = {
         "calibrated": quality.cross_validated(evidence, ious, images, classes),
@@ -51,10 +54,10 @@ def quality_report(run: LabelledRun) -> dict[str, Any]:
     return {**report, "calibration": quality.fit(evidence, ious, classes).to_json()}
 
 
-def read_scored(run: LabelledRun, columns: list[str]) -> pa.Table:
+def read_scored(shards: Sequence[str], columns: list[str]) -> pa.Table:
     """These columns of all rows that have an IoU."""
     tables = []
-    for path in run.shards:
+    for path in shards:
         with storage.open_read(path) as file:
             table = pq.read_table(file, columns=columns)
         tables.append(table.filter(pc.is_valid(table["iou"])))
