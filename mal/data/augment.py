@@ -78,7 +78,7 @@ def views(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
     """What a training step takes (`mal.training.step.Batch`), of a batch of `mal.data.training_set.Sample`.
 
     Args:
-        batch: ``crop`` [B, 3, S, S] uint8, ``change`` [B, CHANGE], ``box_mask`` [B, S, S], ``area`` [B]; on the CPU.
+        batch: of a loader, on the CPU; ``crop`` [B, 3, S, S] uint8, ``change`` [B, CHANGE], ``area`` and ``id`` [B].
         device: where the pixels go, and are changed.
     """
     crop = batch["crop"].to(device, non_blocking=True)
@@ -87,6 +87,7 @@ def views(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
         "teacher_image": normalised(crop),
         "box_mask": batch["box_mask"].to(device, non_blocking=True),
         "area": batch["area"],
+        "id": batch["id"],
     }
 
 

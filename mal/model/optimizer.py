@@ -48,4 +48,4 @@ def build_optimizer(
     ]
     if not groups:
         raise SpecError("model.frozen_stages: nothing is left to train")
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, foreach=True)

@@ -176,7 +176,7 @@ def test_views_are_normalised_as_torchvision_does(pixels: NDArray[np.uint8]) -> 
         "id": torch.tensor([1, 2]),
     }
     made = views(batch, torch.device("cpu"))
-    assert set(made) == {"image", "teacher_image", "box_mask", "area"}
+    assert set(made) == {"image", "teacher_image", "box_mask", "area", "id"}
     for k, side in enumerate((pixels, pixels[::-1])):
         torch.testing.assert_close(made["teacher_image"][k], torch.as_tensor(plain(side.copy())), atol=1e-5, rtol=0)
     torch.testing.assert_close(made["image"][0], made["teacher_image"][0], atol=1e-5, rtol=0)

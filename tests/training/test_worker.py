@@ -96,6 +96,21 @@ def test_what_is_left_of_an_epoch_is_what_was_not_done(make_worker):
     assert len(set(everything)) == len(worker.data)
 
 
+def test_the_share_of_time_spent_waiting_is_reported(make_worker, monkeypatch):
+    monkeypatch.setattr("mal.training.worker.REPORT_SECONDS", -1.0)
+    notes = []
+    monkeypatch.setattr(Worker, "_note", lambda self, note: notes.append(note))
+    worker = make_worker("waiting")
+    worker.run_epoch()
+    worker.close()
+    shares = [note["waiting"] for note in notes if note["kind"] == "steps"]
+    assert len(shares) == worker.steps_per_epoch
+    assert all(0 < share < 1 for share in shares)  # without processes of its own, the loader is waited for
+    (epoch,) = [note for note in notes if note["kind"] == "epoch"]
+    assert 0 < epoch["kpi"]["waiting_share"] < 1
+    assert "waiting_share 0." in epoch["message"]
+
+
 def test_a_loss_that_is_not_finite_stops_training_naming_the_step(make_worker, monkeypatch):
     worker = make_worker("nan")
     step = worker.stepper.step
