@@ -1,4 +1,4 @@
-"""Files encrypted at rest with a key that a person chose: AES-256-GCM in pieces, so that neither side holds two copies.
+"""Files encrypted at rest with a key that a person chose: AES-256-GCM in pieces, so that a writer holds no second copy.
 
 Format: ``MALENC1\\n``, 16 bytes of salt, then pieces: 4 bytes of length, nonce and tag included in the ciphertext's
 piece. The key is derived from the person's by scrypt with the salt. Every piece is authenticated together with its
@@ -7,10 +7,12 @@ number and with whether it is the last, so a file that was cut, reordered or cha
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from mal.errors import CheckpointError
 
@@ -29,19 +31,62 @@ def is_encrypted(data: bytes | memoryview) -> bool:
     return bytes(data[: len(MAGIC)]) == MAGIC
 
 
+@contextlib.contextmanager
+def sealed(file: BinaryIO, key: str | None) -> Iterator[BinaryIO]:
+    """A file to write clear data to, front to back; ``file`` gets it encrypted, or as it is if there is no key."""
+    if not key:
+        yield file
+        return
+    sealing = _Sealing(file, key)
+    yield cast(BinaryIO, sealing)
+    sealing.finish()
+
+
 def write_encrypted(file: BinaryIO, data: bytes | memoryview, key: str) -> None:
     """Write ``data`` encrypted with ``key``, some megabytes at a time."""
-    salt = os.urandom(_SALT_BYTES)
-    cipher = _cipher(key, salt)
-    file.write(MAGIC + salt)
-    view = memoryview(data)
-    pieces = max(1, -(-len(view) // _PIECE_BYTES))
-    for number in range(pieces):
+    with sealed(file, key) as clear:
+        clear.write(data)
+
+
+class _Sealing(io.RawIOBase):
+    """Encrypts what is written to it, piece by piece, into another file."""
+
+    def __init__(self, file: BinaryIO, key: str) -> None:
+        salt = os.urandom(_SALT_BYTES)
+        self._file, self._cipher = file, _cipher(key, salt)
+        self._buffer, self._pieces, self._written = bytearray(), 0, 0
+        file.write(MAGIC + salt)
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        """Clear bytes written."""
+        return self._written
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        size = len(view)
+        while len(self._buffer) + len(view) > _PIECE_BYTES:  # a full piece may be the last one: it waits
+            room = _PIECE_BYTES - len(self._buffer)
+            self._buffer += view[:room]
+            view = view[room:]
+            self._seal(last=False)
+        self._buffer += view
+        self._written += size
+        return size
+
+    def finish(self) -> None:
+        """Write the last piece."""
+        self._seal(last=True)
+
+    def _seal(self, last: bool) -> None:
         nonce = os.urandom(_NONCE_BYTES)
-        piece = view[number * _PIECE_BYTES : (number + 1) * _PIECE_BYTES]
-        sealed = nonce + cipher.encrypt(nonce, piece, _PLACE.pack(number, number == pieces - 1))
-        file.write(_LENGTH.pack(len(sealed)))
-        file.write(sealed)
+        piece = nonce + self._cipher.encrypt(nonce, bytes(self._buffer), _PLACE.pack(self._pieces, last))
+        self._file.write(_LENGTH.pack(len(piece)))
+        self._file.write(piece)
+        self._buffer.clear()
+        self._pieces += 1
 
 
 def opened(data: bytes, key: str | None, name: str) -> bytes:

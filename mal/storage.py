@@ -237,6 +237,20 @@ def list_files(folder: str) -> list[str]:
     return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and not i.base_name.endswith(_PART))
 
 
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders right in ``folder``, sorted; empty if there is no such folder."""
+    filesystem, inner = resolve(folder)
+    with _explained(folder, "list"):
+        infos = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+    return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
+
+
+def copy(source: str, target: str) -> None:
+    """Copy a file, some megabytes at a time; it appears under its new name when it is complete."""
+    with open_read(source) as read, open_write(target) as written, _explained(source, "copy"):
+        shutil.copyfileobj(read, written, 8 * 2**20)
+
+
 def delete_leftovers(folder: str) -> None:
     """Delete what killed writers left right in ``folder``. Only when nobody writes there any more."""
     local = local_path(folder)

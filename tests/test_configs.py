@@ -17,7 +17,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 5
+    wanted = {"coco_8gpu", "cpu_smoke", "label", "small_data_1gpu", "vit_huge_fsdp", "vit_large_fsdp"}
+    assert wanted <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -32,3 +33,11 @@ def test_a_config_loads_and_fits_its_model(path):
 def test_workers_of_all_nodes_count():
     spec = load_spec(str(CONFIGS[0].with_name("vit_huge_fsdp.yaml")))
     assert train_workers(spec) == 16
+    assert spec.train.min_workers == 8
+
+
+@pytest.mark.parametrize("name", ["vit_huge_fsdp", "vit_large_fsdp"])
+def test_large_models_are_sharded_and_keep_little_for_the_backward_pass(name):
+    spec = load_spec(str(CONFIGS[0].with_name(f"{name}.yaml")))
+    assert spec.strategy == "fsdp"
+    assert spec.train.activation_checkpointing

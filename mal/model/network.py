@@ -217,15 +217,15 @@ class StudentTeacher(nn.Module):
         Buffers of whole numbers (batch counters) are copied. Call it after every optimiser step. Works on sharded
         parameters (FSDP2), as both networks are sharded alike.
         """
-        averaged: list[tuple[Tensor, Tensor]] = list(
-            zip(self.teacher.parameters(), self.student.parameters(), strict=True)
-        )
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
+        averaged: list[tuple[Tensor, Tensor]] = []  # apart from the parameters, which may be shards
         for target, source in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
             if target.is_floating_point():
                 averaged.append((target, source))
             else:
                 target.copy_(source)
-        torch._foreach_lerp_([t for t, _ in averaged], [s for _, s in averaged], 1.0 - momentum)
+        if averaged:
+            torch._foreach_lerp_([t for t, _ in averaged], [s for _, s in averaged], 1.0 - momentum)
 
 
 def build_network(model: ModelOptions, *, crop_size: int = 512, stem: Stem = "patch") -> MalNetwork:

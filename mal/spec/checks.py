@@ -5,7 +5,7 @@ from __future__ import annotations
 from mal import pretrained, storage
 from mal.architectures import TIMM_PREFIX, get_architecture
 from mal.errors import SpecError, StorageError
-from mal.spec.derived import Action, max_actors
+from mal.spec.derived import Action, max_actors, train_workers
 from mal.spec.schema import PoolSpec, Spec
 
 
@@ -99,6 +99,13 @@ def _contradictions(spec: Spec) -> list[str]:
         )
     if len(train.mask_thres) not in (1, 3):
         problems.append(f"train.mask_thres = {list(train.mask_thres)}: give one value, or three (small, medium, large)")
+    if train.min_workers > train_workers(spec):
+        problems.append(
+            f"train.min_workers = {train.min_workers}: it must not exceed the {train_workers(spec)} workers of "
+            "train.num_nodes x train.num_gpus"
+        )
+    if train.cpu_offload and spec.strategy != "fsdp":
+        problems.append("train.cpu_offload = True: only strategy=fsdp can keep its shards in the host's memory")
     if spec.evaluate.comp_clustering:
         problems.append("evaluate.comp_clustering = True: component clustering does not exist here; leave it false")
     pools: dict[str, PoolSpec] = {"evaluate": spec.evaluate, "inference": spec.inference}

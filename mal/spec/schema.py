@@ -108,6 +108,8 @@ class TrainSpec:
     """The GPUs' numbers; when their count and num_gpus disagree the larger wins."""
     num_nodes: int = key(1, low=1)
     """Nodes; there are num_nodes x num_gpus workers."""
+    min_workers: int = key(0, low=0)
+    """Elastic: train on with as few as these when nodes are lost, with all when they come; 0: a fixed number."""
     cpus_per_worker: float = key(1.0, above=0)
     """CPUs that Ray reserves for each worker."""
     max_failures: int = key(3, low=-1)
@@ -117,7 +119,7 @@ class TrainSpec:
     checkpoint_interval: int = key(1, low=1)
     """Epochs between checkpoints, or optimiser steps, by checkpoint_interval_unit."""
     checkpoint_interval_unit: str = key("epoch", choices=("epoch", "step"))
-    """What checkpoint_interval counts. By steps, training goes on within an epoch; the last epoch is saved as well."""
+    """What checkpoint_interval counts. By steps, training goes on within an epoch; every epoch is saved as well."""
     validation_interval: int = key(1, low=1)
     """Epochs between validations."""
     resume_training_checkpoint_path: str | None = None
@@ -130,6 +132,10 @@ class TrainSpec:
     """Where losses and scores are logged besides status.json; mlflow and wandb want `mal-on-ray[loggers]`."""
     use_amp: bool = True
     """Mixed precision: bfloat16 where the hardware has it, else float16 with loss scaling on a GPU, else float32."""
+    activation_checkpointing: bool = False
+    """Compute the student's blocks again in the backward pass, instead of keeping what is in them: less memory."""
+    cpu_offload: bool = False
+    """With strategy fsdp: keep parameters, gradients and optimiser state in the host's memory, and step there."""
     optim_type: str = key("adamw", choices=("adamw",))
     """Optimiser."""
     optim_momentum: float = key(0.9, low=0, high=1)
@@ -141,7 +147,7 @@ class TrainSpec:
     decay_norms: bool = True
     """Apply weight decay to biases, norms and position embeddings too, as the published recipe does."""
     lr: float = key(1e-6, above=0)
-    """Learning rate per box: the peak is lr x workers x batch_size."""
+    """Learning rate per box: the peak is lr x batch_size x the workers at hand, on all nodes."""
     min_lr: float = key(0.0, low=0)
     """Lowest learning rate, if above peak x min_lr_rate."""
     min_lr_rate: float = key(0.2, low=0, high=1)

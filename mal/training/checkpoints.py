@@ -1,33 +1,37 @@
-"""Writing and reading the state of training: one file that every strategy and number of workers can go on from.
+"""Reading the state of training, and which of the checkpoints at hand to go on from.
 
-The file is a dict that ``torch.load(weights_only=True)`` reads: ``state_dict`` with ``student.*`` and ``teacher.*``,
-``optimizer``, ``scaler``, ``epoch`` (epochs done), ``offset`` (samples done in the next one), ``global_step``, ``spec``
-(without secrets) and versions.
+There are two kinds (`mal.training.saving` writes them). The file ``model_epoch_NNN.pth`` is a dict that
+``torch.load(weights_only=True)`` reads: ``state_dict`` with ``student.*`` and ``teacher.*``, ``optimizer``, and the
+*facts*: ``epoch`` (epochs done), ``offset`` (samples done in the next one), ``global_step``, ``scaler``, ``spec``
+(without secrets) and versions. The folder ``model_epoch_NNN_step_SSSSSSSS.dcp`` holds the same in shards. Both go on
+under every strategy and with any number of workers.
 """
 
 from __future__ import annotations
 
-import io
 import math
+import re
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 
-import mal
 from mal import storage
-from mal.encryption import write_encrypted
-from mal.errors import CheckpointError
+from mal.errors import CheckpointError, MalError
 from mal.model.weights import load_pickle
 from mal.spec.load import spec_to_values
 from mal.spec.schema import Spec
+from mal.training.shards import FACTS, load_shards, read_facts
 from mal.training.strategy import Alone
 from mal.training.task import TrainTask
 
+T = TypeVar("T")
 FORMAT = "mal-training-1"
-KEPT_WITHIN_EPOCH = 2
-"""Checkpoints within the running epoch that are kept: the newest may be broken by what stopped training."""
+SHARDED = re.compile(r"model_epoch_(\d+)_step_(\d+)\.dcp")
+WHOLE = re.compile(r"model_epoch_(\d+)\.pth")
 
 
 @dataclass
@@ -46,107 +50,122 @@ class TrainingState:
     """Figures of the last validation."""
 
 
-def save(
-    task: TrainTask,
-    strategy: Alone,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    state: TrainingState,
-    rank: int,
-) -> str:
-    """Write a checkpoint by its own name and as ``mal_model_latest.pth``; all ranks call it, the first one writes."""
-    model_state, optimizer_state = strategy.model_state(), strategy.optimizer_state(optimizer)
-    path = task.step_path(state.global_step) if state.offset else task.epoch_path(state.epoch - 1)
-    if rank == 0:
-        content = {
-            "format": FORMAT,
-            "state_dict": {name: tensor.contiguous() for name, tensor in model_state.items()},
-            "optimizer": optimizer_state,
-            "scaler": scaler.state_dict(),
-            "epoch": state.epoch,
-            "offset": state.offset,
-            "global_step": state.global_step,
-            "scores": state.scores,
-            "resumed_from": task.spec.train.resume_training_checkpoint_path,
-            "spec": spec_to_values(task.spec),
-            "mal_version": mal.__version__,
-            "torch_version": str(torch.__version__),
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        for target in (path, task.latest):
-            with storage.open_write(target) as file:
-                if task.spec.encryption_key:
-                    write_encrypted(file, buffer.getbuffer(), task.spec.encryption_key)
-                else:
-                    file.write(buffer.getbuffer())
-        _delete_outdated(task, keep=KEPT_WITHIN_EPOCH if state.offset else 0)
-    return path
-
-
-def _delete_outdated(task: TrainTask, keep: int) -> None:
-    """Delete the checkpoints within an epoch, but for the newest ``keep``."""
-    within = [name for name in storage.list_files(task.folder) if name.startswith("model_step_")]
-    for name in sorted(within)[: len(within) - keep]:
-        storage.delete(storage.join(task.folder, name))
-
-
 def resume(
     task: TrainTask, strategy: Alone, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> TrainingState:
-    """Go on from the checkpoint that the spec names, else from the latest of the folder, else from the start.
+    """Go on from the checkpoint that `_go_on` finds, or start. A call of all ranks together; the first one reads files.
+
+    Raises:
+        CheckpointError: as `_go_on`.
+    """
+    key = task.spec.encryption_key
+    tensors: dict[str, Any] = {"state_dict": {}, "optimizer": {}}
+
+    def read(path: str) -> dict[str, Any]:
+        def in_parts() -> dict[str, Any]:
+            content = read_content(path, key)
+            tensors.update({name: content.pop(name) for name in tensors if name in content})
+            return content
+
+        return _agreed(in_parts, strategy)
+
+    def load(path: str) -> None:
+        if is_sharded(path):
+            state = strategy.state(optimizer)
+            load_shards(path, state, key, dist.group.WORLD if strategy.workers > 1 else None)
+            strategy.load_optimizer(optimizer, state)
+        else:
+            strategy.load_full(optimizer, tensors["state_dict"], tensors["optimizer"])
+
+    facts = _go_on(task, _agreed(lambda: _candidates(task), strategy), read, load)
+    if facts is None:
+        return TrainingState()
+    scaler.load_state_dict(facts["scaler"])
+    return TrainingState(facts["epoch"], facts["offset"], facts["global_step"], scores=dict(facts["scores"]))
+
+
+def progress(task: TrainTask) -> tuple[int, int]:
+    """Epochs, and samples of the next one, that the checkpoint to go on from has behind it.
+
+    Raises:
+        CheckpointError: as `_go_on`.
+    """
+    key = task.spec.encryption_key
+    facts = _go_on(task, _candidates(task), lambda path: read_content(path, key), lambda path: None)
+    return (int(facts["epoch"]), int(facts["offset"])) if facts else (0, 0)
+
+
+def _go_on(
+    task: TrainTask,
+    paths: Sequence[str],
+    read: Callable[[str], dict[str, Any]],
+    load: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Load the checkpoint to go on from and return its facts; None to start from the beginning.
+
+    One that the spec names wins over those of the folder, unless they descend from it: then the same command is being
+    run again. A broken newest one is passed over, with a warning, for the one before it; if none is left that can be
+    read, that is an error: training anew would overwrite them.
 
     Raises:
         CheckpointError: it is no training checkpoint, or its model differs from the spec's.
     """
-    found = _find(task)
-    if found is None:
-        return TrainingState()
-    path, content = found
-    _check_model(path, content["spec"], task.spec)
-    strategy.load_model(content["state_dict"])
-    strategy.load_optimizer(optimizer, content["optimizer"])
-    scaler.load_state_dict(content["scaler"])
-    return TrainingState(content["epoch"], content["offset"], content["global_step"], scores=dict(content["scores"]))
-
-
-def _find(task: TrainTask) -> tuple[str, dict[str, Any]] | None:
-    """The checkpoint to go on from and its content; None to start from the beginning.
-
-    One that the spec names wins over those of the folder, unless they descend from it: then the same command is being
-    run again. A broken latest one is passed over, with a warning, for the one before it; if none is left that can be
-    read, that is an error: training anew would overwrite them.
-    """
     named = task.spec.train.resume_training_checkpoint_path
     broken: list[CheckpointError] = []
-    for path in _own_checkpoints(task):
+    for path in paths:
         try:
-            content = _read(path, task.spec.encryption_key)
+            facts = read(path)
+            if named not in (None, path, facts["resumed_from"]):
+                continue
+            different = _difference(facts["spec"], task.spec)
+            if not different:
+                load(path)
         except CheckpointError as error:
             broken.append(error)
             continue
         for fault in broken:
-            warnings.warn(f"{fault}. Going on from the checkpoint before it", stacklevel=2)
-        if named is None or content["resumed_from"] == named:
-            return path, content
-        break
-    else:
-        if broken and named is None:
-            raise broken[0]
-    return None if named is None else (named, _read(named, task.spec.encryption_key))
+            warnings.warn(f"{fault}. Going on from the checkpoint before it", stacklevel=3)
+        if different:
+            raise CheckpointError(
+                f"{path} holds another model: {different}. Correct the spec, or choose a new results_dir"
+            )
+        return facts
+    if broken:
+        raise broken[0] if named is None else broken[-1]
+    return None
 
 
-def _own_checkpoints(task: TrainTask) -> list[str]:
-    """The folder's checkpoints, newest first."""
-    names = [n for n in storage.list_files(task.folder) if n.startswith(("model_epoch_", "model_step_"))]
-    latest = [task.latest] if storage.exists(task.latest) else []
-    # Those within an epoch are deleted when an epoch's is written, so they are newer; and "step" sorts behind "epoch".
-    return latest + [storage.join(task.folder, name) for name in sorted(names, reverse=True)]
+def _candidates(task: TrainTask) -> list[str]:
+    """The checkpoints of the folder, the one that came furthest first, then the one that the spec names."""
+    whole = [match for name in storage.list_files(task.folder) if (match := WHOLE.fullmatch(name))]
+    sharded = [match for name in storage.list_folders(task.folder) if (match := SHARDED.fullmatch(name))]
+    found: list[tuple[float, int, str]] = [(int(match[1]) + 1, 0, match[0]) for match in whole]
+    found += [
+        (int(match[1]), int(match[2]), match[0])
+        for match in sharded
+        if storage.exists(storage.join(task.folder, match[0], FACTS))  # else writing it was stopped, and it is none
+    ]
+    if storage.exists(task.latest):
+        # The newest file once more, or all that is left of it.
+        newest = max((int(match[1]) + 1 for match in whole), default=math.inf)
+        found.append((newest, 0, storage.name(task.latest)))
+    paths = [storage.join(task.folder, name) for *_, name in sorted(found, reverse=True)]
+    named = task.spec.train.resume_training_checkpoint_path
+    return paths if named is None else [*paths, named]
 
 
-def _read(path: str, key: str | None) -> dict[str, Any]:
-    """The content of a training checkpoint, or CheckpointError."""
-    content = load_pickle(path, key)
+def is_sharded(path: str) -> bool:
+    """Whether this is the path of a sharded checkpoint."""
+    return storage.name(path).endswith(".dcp")
+
+
+def read_content(path: str, key: str | None) -> dict[str, Any]:
+    """What is in a training checkpoint; of a sharded one the facts alone.
+
+    Raises:
+        CheckpointError: it is broken, or none.
+    """
+    content = read_facts(path, key) if is_sharded(path) else load_pickle(path, key)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: this is no checkpoint of a training run; to start from its weights, set "
@@ -155,27 +174,25 @@ def _read(path: str, key: str | None) -> dict[str, Any]:
     return content
 
 
-def _check_model(path: str, saved: dict[str, Any], spec: Spec) -> None:
-    """Raise CheckpointError if the network of ``saved`` is another than that of ``spec``."""
+def _agreed(work: Callable[[], T], strategy: Alone) -> T:
+    """What ``work`` returns or raises on the first rank, the same on all."""
+    if strategy.workers == 1:
+        return work()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except MalError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return cast(T, box[0])
+
+
+def _difference(saved: dict[str, Any], spec: Spec) -> str:
+    """How the network of ``saved`` differs from that of ``spec``; empty if it does not."""
     free = ("frozen_stages", "vit_dpr", "pretrained", "teacher_momentum", "strict")
     begun, now = saved["model"], spec_to_values(spec)["model"]
-    differing = [f"model.{k}: {begun.get(k)!r} there, {now[k]!r} in the spec" for k in now if begun.get(k) != now[k]]
-    differing = [text for text in differing if text.split(":")[0].removeprefix("model.") not in free]
-    if differing:
-        raise CheckpointError(
-            f"{path} holds another model: {'; '.join(differing)}. Correct the spec, or choose a new results_dir"
-        )
-
-
-def progress(task: TrainTask) -> tuple[int, int]:
-    """Epochs, and samples of the next one, that the checkpoint to go on from has behind it.
-
-    Raises:
-        CheckpointError: it is of another model.
-    """
-    found = _find(task)
-    if found is None:
-        return 0, 0
-    path, content = found
-    _check_model(path, content["spec"], task.spec)
-    return int(content["epoch"]), int(content["offset"])
+    keys = [key for key in now if key not in free and begun.get(key) != now[key]]
+    return "; ".join(f"model.{key}: {begun.get(key)!r} there, {now[key]!r} in the spec" for key in keys)

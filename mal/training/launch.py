@@ -32,10 +32,13 @@ from mal.training.board import NAME, Board
 from mal.training.checkpoints import progress
 from mal.training.figures import METRICS, figures, of_validation
 from mal.training.loggers import RunLogs, check_installed, open_runs
+from mal.training.preemption import sigterm_pauses
 from mal.training.task import TrainTask
 from mal.training.worker import train_worker
 
 _POLL_SECONDS = 0.5
+RESIZE_SECONDS = 60.0
+"""Elastic training looks this often for nodes that have come; taking them in costs the steps since a checkpoint."""
 
 
 def run_training(spec: Spec) -> dict[str, Any]:
@@ -67,12 +70,14 @@ def run_training(spec: Spec) -> dict[str, Any]:
             epochs, samples = progress(task)
             what = "GPU" if use_gpu else "CPU"
             note = "" if use_gpu else " (this cluster has no GPU)"
-            print(f"training on {workers} {what} worker{'s' if workers > 1 else ''}{note}: {folder}", flush=True)
+            least = f"{spec.train.min_workers} to " if spec.train.min_workers else ""
+            print(f"training on {least}{workers} {what} worker{'s' if workers > 1 else ''}{note}: {folder}", flush=True)
             if epochs < spec.train.num_epochs:
                 stages.done("start")
                 with (
                     open_runs(task, partial(_say, status)) as runs,
                     _progress(task, boxes, epochs, samples, status, runs) as board,
+                    sigterm_pauses(folder),
                 ):
                     _fit(task, board)
                 stages.done("train")
@@ -103,10 +108,12 @@ def _indexes(spec: Spec, folder: str) -> tuple[str, str | None, int]:
 
 
 def _check_room(spec: Spec, cluster: Cluster, workers: int) -> None:
-    """Raise ClusterError if the workers can never be started here."""
+    """Raise ClusterError if the workers, or the fewest that elastic training takes, can never be started here."""
     remedy = "lower train.num_gpus, train.num_nodes or train.cpus_per_worker"
     gpus = 1.0 if cluster.gpus else 0.0
-    cluster.check_room(Need("training worker", workers, spec.train.cpus_per_worker, gpus, remedy))
+    cluster.check_room(
+        Need("training worker", spec.train.min_workers or workers, spec.train.cpus_per_worker, gpus, remedy)
+    )
 
 
 def _say(status: StatusLog, line: str) -> None:
@@ -120,24 +127,31 @@ def _fit(task: TrainTask, board: Any) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from mal.training.signals import HearSigterm
+
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     filesystem, path = storage.resolve(task.folder)
     train = task.spec.train
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if task.use_gpu else {})
+    least = train.min_workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task, "board": board},
         torch_config=TorchConfig(backend="nccl" if task.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=task.workers, use_gpu=task.use_gpu, resources_per_worker=resources
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # a checker sees the old class
+            num_workers=(least, task.workers) if least else task.workers,  # type: ignore[arg-type] # likewise
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=task.use_gpu,
+            resources_per_worker=resources,
         ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg] # a checker sees the old class
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg] # likewise
             # Checkpoints are ours, in the train folder; Ray's own records of an attempt go beside them.
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=f"{path}/ray",
             storage_filesystem=filesystem,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            callbacks=[HearSigterm()],  # type: ignore[list-item] # likewise
         ),
     )
     try:

@@ -33,13 +33,17 @@ class Moment:
 
 
 class Stepper:
-    """The student-teacher pair of one worker with its optimiser."""
+    """The student-teacher pair of one worker with its optimiser.
+
+    The learning rate follows ``workers``, those at hand: it is per box, and they all add boxes to a step.
+    """
 
     def __init__(self, spec: Spec, model: StudentTeacher, device: torch.device, workers: int) -> None:
         train = spec.train
         self.spec, self.device = spec, device
         self.compute = training_type(train.use_amp, device)
-        self.strategy = spread(model, spec.strategy, device, self.compute)
+        self.workers = workers
+        self.strategy = spread(model, spec, device, self.compute)
         self.model = self.strategy.model
         self.peak = peak_lr(train.lr, workers, train.batch_size)
         self.floor = max(train.min_lr, floor_lr(self.peak, train.min_lr_rate))
@@ -90,6 +94,7 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.strategy.share_buffers()
         self.model.update_teacher(self.spec.model.teacher_momentum)
         return losses
 

@@ -1,7 +1,7 @@
 """How the model is spread over the workers: copied to each (DDP) or sharded over them (FSDP2).
 
-Both give and take the same full state dicts, so a checkpoint of one resumes under the other and on any number of
-workers.
+Both give and take tensors by the same names, so a checkpoint of one resumes under the other and on any number of
+workers: ``model.<name>`` for student and teacher, ``optimizer.<parameter of the student>.<slot>``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from mal.model.network import StudentTeacher
+from mal.spec.schema import Spec
+from mal.training.recompute import recompute_in_backward, transformer_blocks
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+MODEL, OPTIMIZER = "model.", "optimizer."
 
 
 class Alone:
     """One worker: nothing to spread."""
 
+    sharded = False
+    """Whether a rank holds only its part of the tensors."""
+
     def __init__(self, model: StudentTeacher, device: torch.device) -> None:
         self.model = model.to(device)
+        self.workers = dist.get_world_size() if dist.is_initialized() else 1
 
     def student(self, images: Tensor, areas: Tensor) -> Tensor:
         """Logits of the student, with gradients that are summed over the workers by `backward`."""
@@ -46,21 +52,56 @@ class Alone:
         """Inside, gradients stay on their worker: for all but the last batch of an accumulation."""
         return nullcontext()
 
-    def model_state(self) -> dict[str, Tensor]:
-        """The full state dict on the CPU; empty on all ranks but the first. A call of all ranks together."""
-        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=_FULL))
+    def share_buffers(self) -> None:
+        """Give every worker the first one's buffers (statistics of batch norms). A call of all ranks together."""
+        floats = [buffer for buffer in self.model.student.buffers() if buffer.is_floating_point()]
+        if not floats or self.workers == 1:
+            return
+        together = torch.cat([buffer.flatten() for buffer in floats])
+        dist.broadcast(together, src=0)
+        for buffer, part in zip(floats, together.split([buffer.numel() for buffer in floats]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The full state of the student's optimiser, likewise; keyed by parameter names."""
-        return get_optimizer_state_dict(self.model.student, optimizer, options=_FULL)
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """All tensors of model and optimiser, not copied: in full, or this rank's shards as DTensors.
 
-    def load_model(self, state: Mapping[str, Any]) -> None:
-        """Take over a full state dict that every rank has read. A call of all ranks together."""
-        set_model_state_dict(self.model, dict(state), options=_FULL)
+        A call of all ranks together.
+        """
+        found = {MODEL + name: tensor for name, tensor in get_model_state_dict(self.model).items()}
+        slots = get_optimizer_state_dict(self.model.student, optimizer)["state"]
+        for name, values in cast(dict[str, dict[str, Tensor]], slots).items():
+            found |= {f"{OPTIMIZER}{name}.{slot}": tensor for slot, tensor in values.items()}
+        return cast(dict[str, Tensor], found)
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """Take over a full optimiser state."""
-        set_optimizer_state_dict(self.model.student, optimizer, dict(state), options=_FULL)
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+        """Take over the optimiser's tensors as `state` gives them; its hyperparameters stay those of the spec."""
+        groups = get_optimizer_state_dict(self.model.student, optimizer)["param_groups"]
+        own = {"state": optimizer_slots(state), "param_groups": groups}
+        set_optimizer_state_dict(self.model.student, optimizer, cast(Any, own))
+
+    def load_full(
+        self, optimizer: torch.optim.Optimizer, model: Mapping[str, Any], optimizer_state: Mapping[str, Any]
+    ) -> None:
+        """Take over full tensors that the first rank has read; the others give empty dicts.
+
+        A call of all ranks together; they get one tensor after another, and keep their shard of it.
+        """
+        spread_out = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.workers > 1)
+        set_model_state_dict(self.model, dict(model), options=spread_out)
+        kept = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        set_optimizer_state_dict(self.model.student, optimizer, dict(optimizer_state), options=spread_out)
+        for group, own in zip(optimizer.param_groups, kept, strict=True):
+            group.update(own)  # the hyperparameters are the spec's of now
+
+
+def optimizer_slots(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's tensors of `Alone.state` as torch nests them: by parameter, then by slot."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith(OPTIMIZER):
+            parameter, _, slot = name.removeprefix(OPTIMIZER).rpartition(".")
+            found.setdefault(parameter, {})[slot] = tensor
+    return found
 
 
 class Ddp(Alone):
@@ -84,18 +125,24 @@ class Ddp(Alone):
 class Fsdp(Alone):
     """Parameters, gradients and optimiser state are sharded over the workers, per block, the teacher's alike."""
 
-    def __init__(self, model: StudentTeacher, device: torch.device, compute: torch.dtype) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    sharded = True
 
-        super().__init__(model, device)
+    def __init__(self, model: StudentTeacher, device: torch.device, compute: torch.dtype, offload: bool) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        super().__init__(model, torch.device("cpu") if offload else device)
+        for buffer in model.buffers():
+            buffer.data = buffer.to(device)  # only parameters are offloaded
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         for network in (self.model.student, self.model.teacher):
-            for block in _blocks(network):
-                fully_shard(block, mesh=mesh, mp_policy=policy)
+            for block in transformer_blocks(network):
+                fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place)
             # A network that only runs forward is not sharded again by a backward pass: the EMA needs it sharded.
-            fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=network is self.model.teacher)
+            again = network is self.model.teacher
+            fully_shard(network, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=again)
 
     def local_gradients(self) -> AbstractContextManager[Any]:
         return _unsynced(self.model.student)
@@ -112,14 +159,14 @@ class _unsynced:  # noqa: N801 - a context manager, used like a function
         self._student.set_requires_gradient_sync(True)
 
 
-def spread(model: StudentTeacher, strategy: str, device: torch.device, compute: torch.dtype) -> Alone:
-    """The strategy of the spec for the process group at hand; one worker alone needs none."""
+def spread(model: StudentTeacher, spec: Spec, device: torch.device, compute: torch.dtype) -> Alone:
+    """The strategy of the spec for the process group at hand; one worker alone needs none.
+
+    Raises:
+        SpecError: activation checkpointing is asked for, and the backbone has no blocks.
+    """
+    if spec.train.activation_checkpointing:
+        recompute_in_backward(model.student)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Alone(model, device)
-    return Fsdp(model, device, compute) if strategy == "fsdp" else Ddp(model, device)
-
-
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a backbone, in order."""
-    found = [m for name, m in network.named_modules() if name.rpartition(".")[0].endswith("blocks")]
-    return found
+    return Fsdp(model, device, compute, spec.train.cpu_offload) if spec.strategy == "fsdp" else Ddp(model, device)

@@ -17,6 +17,7 @@ class TrainTask:
     train_index: str
     val_index: str | None
     workers: int
+    """Those asked for: the most, if training is elastic. How many there are only the process group knows."""
     use_gpu: bool
     seed: int = 1234
     """Of weights, order and augmentation: the spec's, or one that was drawn because the spec has none."""
@@ -29,9 +30,12 @@ class TrainTask:
         """The checkpoint after the epoch of this number, counted from 0."""
         return storage.join(self.folder, f"model_epoch_{epoch:03d}.pth")
 
-    def step_path(self, global_step: int) -> str:
-        """A checkpoint within an epoch. It is deleted when a later one, and that of its epoch, are there."""
-        return storage.join(self.folder, f"model_step_{global_step:08d}.pth")
+    def shards_path(self, epoch: int, global_step: int) -> str:
+        """The folder of the sharded checkpoint after this step, taken within the epoch of this number (or at its end).
+
+        It is deleted when later ones, or the file of its epoch, are there.
+        """
+        return storage.join(self.folder, f"model_epoch_{epoch:03d}_step_{global_step:08d}.dcp")
 
     @property
     def fatal(self) -> str:

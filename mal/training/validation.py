@@ -45,7 +45,7 @@ def validate(task: TrainTask, stepper: Stepper, rank: int, events: EventLog | No
     scores = MaskScores()
     samples: list[tuple[dict[str, Any], pa.Table]] = []
     with ThreadPoolExecutor(labelling.decode_threads) as pool:
-        for work in _own_images(task, rank):
+        for work in _own_images(task, rank, stepper.workers):
             labels = label_rows(labelling, predictor, pool, work)
             measured = labels.filter(pa.compute.is_valid(labels["iou"]))
             areas = [_clipped_area(row) for row in measured.to_pylist()]
@@ -53,7 +53,7 @@ def validate(task: TrainTask, stepper: Stepper, rank: int, events: EventLog | No
             if len(samples) < SAMPLE_IMAGES:
                 samples.append((work.slice(0, 1).to_pylist()[0], labels))
     stepper.model.train()
-    joined = _joined(scores, task.workers)
+    joined = _joined(scores, stepper.workers)
     found = {name: value for name, value in joined.result().items() if isinstance(value, float)}
     if events is not None:
         events.scores(step, found)
@@ -79,14 +79,14 @@ def _labelling_task(task: TrainTask) -> LabelTask:
     return made
 
 
-def _own_images(task: TrainTask, rank: int) -> Iterator[pa.Table]:
+def _own_images(task: TrainTask, rank: int, workers: int) -> Iterator[pa.Table]:
     """This rank's rows of the validation index, some at a time: every ``workers``-th row."""
     assert task.val_index is not None
     index = open_index(task.val_index)
     first = 0
     for shard in range(index.shards):
         rows = index.read_shard(shard)
-        mine = np.arange((rank - first) % task.workers, rows.num_rows, task.workers)
+        mine = np.arange((rank - first) % workers, rows.num_rows, workers)
         first += rows.num_rows
         if len(mine):
             yield rows.take(pa.array(mine))

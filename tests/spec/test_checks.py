@@ -48,6 +48,8 @@ def test_a_complete_spec_passes(complete, action):
         ("inference.ann_path=/absent.json", "there is no such file or folder"),
         ("inference.img_dir=null", "is not set: inference needs it"),
         ("inference.min_actors=9", "must not exceed max_actors"),
+        ("train.min_workers=2", "must not exceed the 1 workers"),
+        ("train.cpu_offload=true", "only strategy=fsdp"),
     ],
 )
 def test_a_mistake_is_named(complete, override, problem):

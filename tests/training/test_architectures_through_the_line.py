@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_training import make_batch, tiny_model
+from tiny_training import make_batch, save_now, tiny_model
 
 from mal import architectures, masks, metrics, rows
 from mal.architectures import ARCHITECTURES
 from mal.labelling.actor import load_predictor
 from mal.labelling.shard import label_rows
 from mal.labelling.task import make_task
-from mal.training.checkpoints import TrainingState, resume, save
+from mal.training.checkpoints import TrainingState, resume
 from mal.training.step import Moment, Stepper
 
 BLOCKS = 2
@@ -64,7 +64,8 @@ def test_through_the_line(name, train_task, tmp_path):
     moved = [not torch.equal(a, b) for a, b in zip(before, stepper.model.student.backbone.parameters(), strict=True)]
     assert np.mean(moved) > 0.75  # not those that a map without class token does not depend on
     state = TrainingState(epoch=1, global_step=1)
-    path = save(task, stepper.strategy, stepper.optimizer, stepper.scaler, state, rank=0)
+    save_now(task, stepper, state)
+    path = task.epoch_path(0)
 
     again = Stepper(task.spec, tiny_model(task.spec), torch.device("cpu"), 1)
     assert resume(task, again.strategy, again.optimizer, again.scaler).epoch == 1

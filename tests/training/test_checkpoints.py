@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
+import threading
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import make_batch, tiny_model
+import torch.distributed.checkpoint as dcp
+from tiny_training import cut_blocks, make_batch, save_now, tiny_model
 
 from mal import storage
+from mal.encryption import MAGIC
 from mal.errors import CheckpointError
 from mal.model.safe_loading import load_pickle
 from mal.training import checkpoints
-from mal.training.checkpoints import TrainingState, progress, resume, save
+from mal.training.checkpoints import TrainingState, progress, resume
+from mal.training.saving import Saver
+from mal.training.shards import FACTS
 from mal.training.step import Moment, Stepper
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    cut_blocks(monkeypatch)
 
 
 def _stepper(task):
@@ -27,7 +39,7 @@ def _saved(task, epochs: int):
     for epoch in range(epochs):
         stepper.step([make_batch(epoch, 2)], Moment(1, epoch, 10))
         state = TrainingState(epoch=epoch + 1, global_step=10 * (epoch + 1), scores={"mIoU": 0.5})
-        save(task, stepper.strategy, stepper.optimizer, stepper.scaler, state, rank=0)
+        save_now(task, stepper, state)
     return stepper
 
 
@@ -69,7 +81,7 @@ def test_a_named_checkpoint_wins_but_its_own_descendants_go_on(train_task):
     named = train_task(f"train.resume_training_checkpoint_path={plain.epoch_path(0)}")
     stepper, state = _resumed(named)
     assert state.epoch == 1
-    save(named, stepper.strategy, stepper.optimizer, stepper.scaler, TrainingState(epoch=2, global_step=20), 0)
+    save_now(named, stepper, TrainingState(epoch=2, global_step=20))
     _, again = _resumed(named)
     assert again.epoch == 2
 
@@ -100,9 +112,13 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(train_task, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(storage.StorageError, match="No space left"):
-        save(task, stepper.strategy, stepper.optimizer, stepper.scaler, TrainingState(epoch=2), 0)
+        save_now(task, stepper, TrainingState(epoch=2))
+    with pytest.raises(storage.StorageError, match="No space left"):
+        save_now(task, stepper, TrainingState(epoch=1, offset=2, global_step=11))
     assert storage.read_bytes(task.latest) == old
     assert set(storage.list_files(task.folder)) == {"model_epoch_000.pth", "mal_model_latest.pth"}
+    assert storage.list_folders(task.folder) == []
+    assert progress(task) == (1, 0)
 
 
 def test_the_saved_spec_holds_no_key(train_task):
@@ -114,13 +130,16 @@ def test_the_saved_spec_holds_no_key(train_task):
     assert "hunter2" not in str(content["spec"])
 
 
-def test_encrypted_checkpoints_resume_with_their_key_alone(train_task, monkeypatch):
+@pytest.mark.parametrize("offset", [0, 2])
+def test_encrypted_checkpoints_resume_with_their_key_alone(train_task, monkeypatch, offset):
     monkeypatch.delenv("MAL_ENCRYPTION_KEY", raising=False)
     task = train_task()
     locked = dataclasses.replace(task, spec=dataclasses.replace(task.spec, encryption_key="open sesame"))
-    _saved(locked, 1)
-    assert b"student" not in storage.read_bytes(locked.latest)
-    assert _resumed(locked)[1].epoch == 1
+    save_now(locked, _stepper(locked), TrainingState(epoch=1, offset=offset, global_step=7))
+    files = [path for path in Path(task.folder).rglob("*") if path.is_file()]
+    assert all(path.read_bytes().startswith(MAGIC) for path in files)
+    assert len(files) == (3 if offset else 2)
+    assert _resumed(locked)[1].offset == offset
     wrong = dataclasses.replace(task, spec=dataclasses.replace(task.spec, encryption_key="open rye"))
     with pytest.raises(CheckpointError, match="the key is wrong"):
         progress(wrong)
@@ -133,19 +152,121 @@ def test_checkpoints_within_an_epoch_are_gone_on_from_and_cleared_away(train_tas
     task = train_task()
     stepper = _saved(task, 1)
     for step in (11, 12, 13):
-        state = TrainingState(epoch=1, offset=2 * (step - 10), global_step=step)
-        save(task, stepper.strategy, stepper.optimizer, stepper.scaler, state, rank=0)
+        stepper.step([make_batch(step, 2)], Moment(1, step, 30))
+        save_now(task, stepper, TrainingState(epoch=1, offset=2 * (step - 10), global_step=step))
     assert progress(task) == (1, 6)
-    kept = [name for name in storage.list_files(task.folder) if "step" in name]
-    assert kept == ["model_step_00000012.pth", "model_step_00000013.pth"]
-    for path in (task.latest, task.step_path(13)):
-        storage.write_bytes(path, b"half")
-    with pytest.warns(UserWarning, match="Going on from the checkpoint before it"):
-        assert progress(task) == (1, 4)
-    state = TrainingState(epoch=2, global_step=20)
-    save(task, stepper.strategy, stepper.optimizer, stepper.scaler, state, rank=0)
-    assert not [name for name in storage.list_files(task.folder) if "step" in name]
+    after, state = _resumed(task)
+    assert (state.epoch, state.offset, state.global_step) == (1, 6, 13)
+    batch, moment = make_batch(9, 2), Moment(1, 15, 30)
+    assert stepper.step([batch], moment).tolist() == after.step([batch], moment).tolist()
+    for p, q in zip(stepper.model.parameters(), after.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    names = ["model_epoch_001_step_00000012.dcp", "model_epoch_001_step_00000013.dcp"]
+    assert storage.list_folders(task.folder) == names
+    save_now(task, stepper, TrainingState(epoch=2, global_step=20))
+    assert storage.list_folders(task.folder) == []
     assert progress(task) == (2, 0)
+
+
+def _sharded(task, *steps: int):
+    """A stepper that has saved shards after each of these steps, and their folders."""
+    stepper = _stepper(task)
+    for step in steps:
+        stepper.step([make_batch(step, 2)], Moment(1, step, 30))
+        save_now(task, stepper, TrainingState(epoch=1, offset=2 * step, global_step=step))
+    return [task.shards_path(1, step) for step in steps]
+
+
+def _cut(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+
+
+@pytest.mark.parametrize("fault", ["cut", "absent", "changed", "metadata"])
+def test_broken_shards_are_passed_over_with_a_warning(train_task, fault):
+    task = train_task()
+    _, newest = _sharded(task, 1, 2)
+    data, metadata = f"{newest}/__0_0.distcp", f"{newest}/.metadata"
+    if fault == "cut":
+        _cut(data)
+    elif fault == "absent":
+        os.unlink(data)
+    elif fault == "metadata":
+        Path(metadata).write_bytes(b"x" * os.path.getsize(metadata))
+    else:
+        Path(data).write_bytes(b"x" * os.path.getsize(data))
+    with pytest.warns(UserWarning, match="Going on from the checkpoint before it"):
+        stepper, state = _resumed(task)
+    assert state.global_step == 1
+    storage.delete(newest)
+    before, _ = _resumed(task)
+    for p, q in zip(stepper.model.parameters(), before.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_what_a_killed_run_left_half_written_is_deleted(train_task):
+    task = train_task()
+    kept, half = _sharded(task, 1, 2)
+    os.unlink(f"{half}/{FACTS}")
+    assert progress(task) == (1, 2)  # as if it were not there
+    Path(task.folder, ".model_epoch_001.pth.1-x.part").touch()
+    Saver(task)
+    assert os.listdir(task.folder) == [os.path.basename(kept)]
+
+
+class Attack:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return eval, (f"open({str(self.target)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("place", ["metadata", "facts", "item"])
+def test_shards_that_would_run_code_are_refused(train_task, tmp_path, place):
+    task, target = train_task(), tmp_path / "pwned"
+    (folder,) = _sharded(task, 1)
+    if place == "metadata":
+        Path(folder, ".metadata").write_bytes(pickle.dumps(Attack(target)))
+    elif place == "facts":
+        torch.save(Attack(target), Path(folder, FACTS))
+    else:
+        name = "model.student.backbone.cls_token"
+        os.unlink(f"{folder}/.metadata")
+        with pytest.warns(UserWarning, match="single process"):
+            dcp.save({name: Attack(target)}, checkpoint_id=folder, no_dist=True)
+    files = {name: os.path.getsize(f"{folder}/{name}") for name in ("__0_0.distcp", ".metadata")}
+    if place != "facts":
+        facts = load_pickle(f"{folder}/{FACTS}")
+        torch.save({**facts, "files": files}, f"{folder}/{FACTS}")
+    with pytest.raises(CheckpointError, match=r"run code|not a tensor"):
+        _resumed(task)
+    assert not target.exists()
+
+
+def test_saving_does_not_wait_for_the_disk_and_errors_come_up_later(train_task, monkeypatch):
+    task = train_task()
+    stepper, saver, go_on = _stepper(task), Saver(task), threading.Event()
+
+    def stuck(*_: object) -> None:
+        go_on.wait(30)
+        raise storage.StorageError("the disk is gone")
+
+    monkeypatch.setattr("mal.training.saving.write_shards", stuck)
+    saver.save(stepper.strategy, stepper.optimizer, stepper.scaler, TrainingState(epoch=1, offset=2, global_step=1))
+    stepper.step([make_batch(0, 2)], Moment(1, 0, 10))  # training goes on meanwhile
+    go_on.set()
+    with pytest.raises(storage.StorageError, match="the disk is gone"):
+        saver.save(stepper.strategy, stepper.optimizer, stepper.scaler, TrainingState(epoch=2))
+    saver.wait()
+
+
+def test_hyperparameters_are_those_of_the_spec_at_hand(train_task):
+    _saved(train_task(), 1)
+    stepper, _ = _resumed(train_task("train.wd=0.25"))
+    assert [group["weight_decay"] for group in stepper.optimizer.param_groups] == [0.25]
 
 
 def test_checkpoints_that_all_cannot_be_read_stop_training(train_task):

@@ -23,7 +23,7 @@ WORKER = "ray::RayTrainWorker"
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The command line of ``mal train`` into a folder, with checkpoints every third step of 2 x 20."""
+    """The command line of ``mal train`` into a folder, with checkpoints in the middle of 4 epochs of 20 steps."""
     folder = tmp_path_factory.mktemp("scenes")
     paths = write_scenes(str(folder), images=28, seed=4, size=(160, 120))
     (folder / "spec.yaml").write_text("{}\n")
@@ -34,17 +34,26 @@ def command(tmp_path_factory):
         "dataset.min_obj_size=100",
         "dataset.num_workers_per_gpu=0",
         "train.num_gpus=2",
-        "train.num_epochs=2",
+        "train.num_epochs=4",
         "train.batch_size=4",
         "train.checkpoint_interval_unit=step",
-        "train.checkpoint_interval=3",
+        "train.checkpoint_interval=10",
     ]
 
-    def make(results: Path) -> list[str]:
-        own = [f"results_dir={results}", *keys]
+    def make(results: Path, *more: str) -> list[str]:
+        own = [f"results_dir={results}", *keys, *more]
         return [sys.executable, "-m", "mal.cli", "train", "-e", str(folder / "spec.yaml"), *own]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def expected(command, tmp_path_factory):
+    """The weights of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("plain")
+    plain = _train(command(folder))
+    assert plain.returncode == 0, plain.stdout[-3000:]
+    return _weights(folder)
 
 
 def _environment() -> dict[str, str]:
@@ -52,14 +61,14 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | own
 
 
-def _train(command: list[str], disturb=None) -> subprocess.CompletedProcess[str]:
-    """Run to the end; ``disturb(process)`` once a checkpoint within an epoch is there."""
+def _train(command: list[str], disturb=None, when: str = "*.dcp/training.pth") -> subprocess.CompletedProcess[str]:
+    """Run to the end; ``disturb(process)`` once a file like ``when`` is in the train folder."""
     folder = Path(next(a for a in command if a.startswith("results_dir=")).removeprefix("results_dir=")) / "train"
     process = subprocess.Popen(
         command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     if disturb is not None:
-        while process.poll() is None and not list(folder.glob("model_step_*.pth")):
+        while process.poll() is None and not list(folder.glob(when)):
             time.sleep(0.05)
         disturb(psutil.Process(process.pid))
     output = process.communicate(timeout=600)[0]
@@ -70,25 +79,63 @@ def _weights(results: Path) -> dict[str, torch.Tensor]:
     return torch.load(results / "train" / "mal_model_latest.pth", weights_only=True)["state_dict"]
 
 
-def _kill_one_worker(driver: psutil.Process) -> None:
+def _check(results: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = _weights(results)
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def _one_worker(driver: psutil.Process) -> psutil.Process:
     workers = [p for p in driver.children(recursive=True) if (p.cmdline() or [""])[0].startswith(WORKER)]
-    assert len(workers) == 2, "no training workers to kill"
-    workers[-1].send_signal(signal.SIGKILL)
+    assert len(workers) == 2, "no training workers"
+    return workers[-1]
 
 
-def test_a_killed_worker_and_a_killed_driver_end_with_the_weights_of_an_undisturbed_run(command, tmp_path):
-    plain = _train(command(tmp_path / "plain"))
-    assert plain.returncode == 0, plain.stdout[-3000:]
-    expected = _weights(tmp_path / "plain")
+def _steps(results: Path) -> list[str]:
+    return [path.name for path in (results / "train").glob("*.dcp")]
 
-    healed = _train(command(tmp_path / "worker"), _kill_one_worker)
+
+BY_EPOCH = ("train.checkpoint_interval_unit=epoch", "train.checkpoint_interval=100")
+"""No checkpoint but the last: what is there before was saved because training was told to end."""
+BEGUN = "events*"
+
+
+def test_a_killed_worker_is_replaced(command, tmp_path, expected):
+    healed = _train(command(tmp_path), lambda driver: _one_worker(driver).send_signal(signal.SIGKILL))
     assert healed.returncode == 0, healed.stdout[-3000:]
-    killed = _train(command(tmp_path / "driver"), lambda driver: driver.send_signal(signal.SIGKILL))
+    _check(tmp_path, expected)
+
+
+def test_a_killed_driver_is_followed_by_the_same_command(command, tmp_path, expected):
+    killed = _train(command(tmp_path), lambda driver: driver.send_signal(signal.SIGKILL))
     assert killed.returncode == -signal.SIGKILL
-    again = _train(command(tmp_path / "driver"))
+    again = _train(command(tmp_path))
     assert again.returncode == 0, again.stdout[-3000:]
-    for name in ("worker", "driver"):
-        found = _weights(tmp_path / name)
-        assert set(found) == set(expected)
-        for key, tensor in expected.items():
-            assert torch.equal(found[key], tensor), f"{name}: {key}"
+    _check(tmp_path, expected)
+
+
+def test_a_driver_that_is_told_to_end_saves_and_is_followed_by_the_same_command(command, tmp_path, expected):
+    line = command(tmp_path, *BY_EPOCH)
+    ended = _train(line, lambda driver: driver.send_signal(signal.SIGTERM), BEGUN)
+    assert ended.returncode == 3, ended.stdout[-3000:]
+    assert len(_steps(tmp_path)) == 1
+    assert not list((tmp_path / "train").glob("*.pth"))
+    again = _train(line)
+    assert again.returncode == 0, again.stdout[-3000:]
+    _check(tmp_path, expected)
+
+
+def test_a_worker_that_is_told_to_end_saves_and_is_replaced(command, tmp_path, expected):
+    saved: list[str] = []
+
+    def tell(driver: psutil.Process) -> None:
+        _one_worker(driver).send_signal(signal.SIGTERM)
+        while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE and not saved:
+            saved.extend(_steps(tmp_path))
+            time.sleep(0.02)
+
+    healed = _train(command(tmp_path, *BY_EPOCH), tell, BEGUN)
+    assert healed.returncode == 0, healed.stdout[-3000:]
+    assert saved
+    _check(tmp_path, expected)

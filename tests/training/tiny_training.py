@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
+from mal import architectures
 from mal.model.network import StudentTeacher, build_network
 from mal.spec.load import load_spec
+from mal.training.saving import Saver
 
 TINY = [
     "dataset.crop_size=32",
@@ -27,9 +31,23 @@ def tiny_spec(*overrides: str):
     return load_spec(None, [*TINY, *overrides])
 
 
+def cut_blocks(monkeypatch, blocks: int = 2) -> None:
+    """Leave the tiny models so many blocks: steps are short then, and checkpoints small."""
+    for name in ("vit-deit-tiny/16", "fan_tiny_12_p16_224"):
+        cut = dataclasses.replace(architectures.ARCHITECTURES[name], depth=blocks)
+        monkeypatch.setitem(architectures.ARCHITECTURES, name, cut)
+
+
 def tiny_model(spec) -> StudentTeacher:
     torch.manual_seed(0)
     return StudentTeacher(build_network(spec.model, crop_size=spec.dataset.crop_size))
+
+
+def save_now(task, stepper, state) -> None:
+    """A checkpoint, written when this returns."""
+    saver = Saver(task)
+    saver.save(stepper.strategy, stepper.optimizer, stepper.scaler, state)
+    saver.wait()
 
 
 def make_batch(seed: int, size: int) -> dict[str, torch.Tensor]:
