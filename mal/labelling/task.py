@@ -158,6 +158,7 @@ def _crf(train: TrainSpec) -> MeanFieldOptions:
         iterations=train.crf_num_iter,
         low=train.crf_value_low_thres,
         high=train.crf_value_high_thres,
+        size_ratio=train.crf_size_ratio,
         evidence=BoxEvidence(
             shape_weight=train.crf_shape_weight,
             shape_radius=train.crf_shape_radius,

@@ -14,7 +14,7 @@ SUREST = 0.01
 
 @torch.no_grad()
 def refined_logits(logits: Tensor, images: Tensor, box_mask: Tensor, options: MeanFieldOptions) -> Tensor:
-    """Logits after the mean field, at their own size.
+    """Logits after the mean field, which runs at ``options.size_ratio`` times their size, as in training.
 
     The mean field keeps its probabilities within ``[low, high]``; they are stretched to (0, 1), so that the threshold
     of masks means the same with and without refinement.
@@ -28,7 +28,15 @@ def refined_logits(logits: Tensor, images: Tensor, box_mask: Tensor, options: Me
         [B, h, w], float32.
     """
     size = (logits.shape[-2], logits.shape[-1])
-    colours = F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
-    box = F.interpolate(box_mask[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
-    q = options.probabilities(colours, logits.float().sigmoid(), box)
-    return ((q - options.low) / (options.high - options.low)).clamp(SUREST, 1.0 - SUREST).logit()
+    coarse = (int(size[0] * options.size_ratio), int(size[1] * options.size_ratio))
+    q = options.probabilities(
+        _resize(images.float(), coarse),
+        _resize(logits.float().sigmoid()[:, None], coarse)[:, 0],
+        _resize(box_mask[:, None].float(), coarse)[:, 0],
+    )
+    refined = ((q - options.low) / (options.high - options.low)).clamp(SUREST, 1.0 - SUREST).logit()
+    return _resize(refined[:, None], size)[:, 0]
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -181,7 +181,7 @@ class TrainSpec:
     crf_num_iter: int = key(100, low=1)
     """Iterations of the mean field."""
     crf_size_ratio: float = key(1.0, above=0)
-    """Size of the mean field's grid over that of the logits."""
+    """Size of the mean field's grid over that of the logits, in training and with use_crf_test."""
     crf_value_high_thres: float = key(0.9, above=0, high=0.999999)
     """Upper clamp of the mean field's probabilities."""
     crf_value_low_thres: float = key(0.1, above=0, high=0.999999)
