@@ -391,7 +391,7 @@ def test_real_coco(shared_dir, tmp_path, part, labelled, crowds):
 
 @pytest.mark.slow
 def test_a_hundred_megabytes_in_one_line(tmp_path):
-    count = 700_000
+    count = 750_000
     with open(tmp_path / "in.json", "w") as file:
         file.write('{"images": [{"id": 1, "file_name": "a", "width": 640, "height": 480}], "annotations": [')
         for first in range(0, count, 10_000):
