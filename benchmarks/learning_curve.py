@@ -1,10 +1,10 @@
-"""Draws the learning curve of a train folder from its own TensorBoard events: IoU on the validation boxes over steps.
+"""Draws the learning curve of train folders from their own TensorBoard events: IoU on the validation boxes over steps.
 
-    python benchmarks/learning_curve.py results/from_scratch/train benchmarks/learning_curve.png \
-        --rule "filled box" 0.585 --rule GrabCut 0.642
+    python benchmarks/learning_curve.py results/from_scratch/train results/from_scratch_2/train \
+        --picture benchmarks/learning_curve.png --rule "filled box" 0.585 --rule GrabCut 0.642
 
-The curve is the student's, as training validates it: no mirrored view, no refinement. Below it the loss against the
-refined target, a mean over every hundredth of the steps.
+Several folders are stages, one after the other. The curve is the student's, as training validates it: no mirrored view,
+no refinement. Below it the loss against the refined target, a mean over every hundredth of the steps.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def draw(scalars: dict[str, Points], rules: Sequence[tuple[str, float]]) -> Imag
     _draw_loss(plot, scalars["loss/crf"])
     for name, points in scores.items():
         plot.line(points, COLOURS[name], 2, dots=True)
-        plot.text(edge + 4, plot.place(*points[-1])[1], f"{name} {points[-1][1]:.3f}", COLOURS[name])
+        y = plot.place(*points[-1])[1] - 14 * (name == "mIoU")  # the two end close together
+        plot.text(edge + 4, y, f"{name} {points[-1][1]:.3f}", COLOURS[name])
     for share in (0, 0.25, 0.5, 0.75, 1):
         plot.text(plot.place(share * last, 0)[0], HEIGHT - BOTTOM + 12, f"{share * last:,.0f}", anchor="mm")
     plot.text(LEFT, 12, "IoU on validation boxes, over steps; grey: loss against the target, without a scale")
@@ -90,17 +91,28 @@ def read_scalars(train_folder: str) -> dict[str, Points]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
+def joined(stages: Sequence[dict[str, Points]]) -> dict[str, Points]:
+    """The scalars of stages, each beginning where the one before it ended."""
+    found: dict[str, Points] = {}
+    start = 0.0
+    for scalars in stages:
+        for name, points in scalars.items():
+            found.setdefault(name, []).extend((start + step, value) for step, value in points)
+        start += max(step for points in scalars.values() for step, _ in points)
+    return found
+
+
 def main() -> None:
     """Read, draw, print the points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train_folder")
-    parser.add_argument("picture")
+    parser.add_argument("train_folders", nargs="+")
+    parser.add_argument("--picture", required=True)
     parser.add_argument("--rule", nargs=2, action="append", default=[], metavar=("NAME", "IOU"))
     arguments = parser.parse_args()
-    scalars = read_scalars(arguments.train_folder)
+    scalars = joined([read_scalars(folder) for folder in arguments.train_folders])
     draw(scalars, [(name, float(value)) for name, value in arguments.rule]).quantize(64).save(arguments.picture)
     for step, value in scalars["validation/box_mean_iou"]:
-        print(f"step {step:6}: box-mean IoU {value:.4f}")
+        print(f"step {step:6.0f}: box-mean IoU {value:.4f}")
 
 
 if __name__ == "__main__":

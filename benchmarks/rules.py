@@ -1,6 +1,6 @@
 """What needs no learning: box-mean IoU of the filled box, the inscribed ellipse and GrabCut on a COCO file with masks.
 
-    pip install opencv-python-headless
+    pip install -e '.[benchmarks]'
     python benchmarks/rules.py ../shared/coco/val/instances.json ../shared/coco/val/images
 
 GrabCut (Rother et al., SIGGRAPH 2004) at its best of those tried: the window 1.3 times the box, resized to 256 x 256;

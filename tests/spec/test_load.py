@@ -6,7 +6,7 @@ import dataclasses
 import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mal.errors import SpecError
@@ -149,6 +149,7 @@ def _sections(cls):
             yield from _sections(hint)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_spec_survives_being_written_and_read(data):
     spec = Spec()

@@ -11,6 +11,7 @@ from mal.data.scenes import write_scenes
 from mal.errors import NonFiniteLossError
 from mal.run import pause
 from mal.spec.load import load_spec
+from mal.training.journal import Journal
 from mal.training.preemption import Notice, Wish
 from mal.training.task import TrainTask
 from mal.training.worker import Worker
@@ -103,9 +104,9 @@ def test_what_is_left_of_an_epoch_is_what_was_not_done(make_worker):
 
 
 def test_the_share_of_time_spent_waiting_is_reported(make_worker, monkeypatch):
-    monkeypatch.setattr("mal.training.worker.REPORT_SECONDS", -1.0)
+    monkeypatch.setattr("mal.training.preemption.AGREE_SECONDS", 0.0)  # after every step
     notes = []
-    monkeypatch.setattr(Worker, "_note", lambda self, note: notes.append(note))
+    monkeypatch.setattr(Journal, "tell", lambda self, note: notes.append(note))
     worker = make_worker("waiting")
     worker.run_epoch()
     worker.close()
