@@ -121,7 +121,7 @@ def _tell(status: StatusLog, line: str) -> None:
 def announce(pool: PoolSpec) -> None:
     """Say that the built-in model is used, if it is, and what was measured of it."""
     if pretrained.is_built_in(pool.checkpoint):
-        print(f"no checkpoint was given: using {pretrained.default_model()}", flush=True)
+        print(f"checkpoint: {pretrained.default_model()}", flush=True)
 
 
 def run_keys(
