@@ -92,7 +92,7 @@ def test_both_jobs_outlive_one_of_two_nodes(head, mal, tmp_path):
         )["id"]
         shards = tmp_path / "inference" / "shards"
         _wait("a shard", lambda: list(shards.glob("part-*.parquet")))
-        _wait("a checkpoint", lambda: list((tmp_path / "train").glob("model_*.pth")))
+        _wait("a checkpoint", lambda: list((tmp_path / "train").glob("model_*")))
         before = len(list(shards.glob("part-*.parquet")))
         kill_node(spot)
         for job_id in (label, train):
