@@ -91,10 +91,11 @@ def live_actors(name: str) -> int | None:
     from ray.util.state import list_actors
     from ray.util.state.exception import RayStateApiException
 
-    job = ray.get_runtime_context().get_job_id()
-    wanted: list[Any] = [("state", "=", "ALIVE"), ("job_id", "=", job)]
+    context = ray.get_runtime_context()
+    wanted: list[Any] = [("state", "=", "ALIVE"), ("job_id", "=", context.get_job_id())]
     try:
-        found = list_actors(filters=wanted, limit=10_000, timeout=5, raise_on_missing_output=False)
+        # By address: on a machine with several Rays it would not know which is meant.
+        found = list_actors(context.gcs_address, wanted, limit=10_000, timeout=5, raise_on_missing_output=False)
     except (RayStateApiException, OSError, ValueError):  # no dashboard, or one that is busy
         return None
     return sum(name in (actor.class_name or "") for actor in found)
