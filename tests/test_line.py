@@ -90,8 +90,11 @@ def test_training_leaves_checkpoints_status_and_events(trained):
     assert {n.partition(".")[0] for n in names} == {"student", "teacher"}
     assert len(content["optimizer"]["state"]) > 100
     states = [json.loads(line) for line in (train / "status.json").read_text().splitlines()]
-    assert [s["status"] for s in states][0::3] == ["STARTED", "SUCCESS"]
-    assert 0 < states[-2]["kpi"]["mIoU"] < 1
+    assert (states[0]["status"], states[-1]["status"]) == ("STARTED", "SUCCESS")
+    assert {s["status"] for s in states[1:-1]} == {"RUNNING"}
+    epochs = [s for s in states if "kpi" in s and "mIoU" in s["kpi"]]  # on a slow machine there are other lines, too
+    assert [s["message"].partition(" done")[0] for s in epochs] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert 0 < epochs[-1]["kpi"]["mIoU"] < 1
     assert any((train / "events").iterdir())
 
 
