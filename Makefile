@@ -3,7 +3,7 @@
 # make chaos  the tests that start clusters, and those that kill workers, actors, drivers and nodes
 # make check  lint, format and types
 # make setup  the virtual environment alone
-# Every target sets up .venv by itself the first time and can be run again.
+# Every target sets up .venv by itself the first time and can be run again. ARGS are handed to pytest.
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,11 +32,11 @@ demo: setup
 
 test: setup
 	@echo "== tests (what needs files or hardware that are absent is skipped and says so)"
-	$(BIN)/python -m pytest -q -m "not chaos and not cluster" --durations=15
+	$(BIN)/python -m pytest -q -m "not chaos and not cluster" --durations=15 $(ARGS)
 
 chaos: setup
 	@echo "== tests that start clusters, and that kill workers, actors, drivers and nodes"
-	$(BIN)/python -m pytest -q -m "chaos or cluster" --durations=5
+	$(BIN)/python -m pytest -q -m "chaos or cluster" --durations=24 $(ARGS)
 
 check: setup
 	@echo "== lint, format, types"

@@ -82,17 +82,17 @@ def test_both_jobs_outlive_one_of_two_nodes(head, mal, tmp_path):
         train = mal(
             *("create-job", "--action", "train", "--name", "t", *SMALL, f"results_dir={tmp_path}"),
             *(f"dataset.train_ann_path={paths.annotations}", f"dataset.train_img_dir={paths.images}"),
-            *("train.num_gpus=2", "train.num_epochs=2", "train.batch_size=4", "train.crf_num_iter=3"),
+            *("train.num_gpus=2", "train.num_epochs=3", "train.batch_size=4", "train.crf_num_iter=3"),
             *("train.checkpoint_interval_unit=step", "train.checkpoint_interval=12"),
         )["id"]
-        label = mal(
+        _wait("a checkpoint", lambda: list((tmp_path / "train").glob("model_*")))
+        label = mal(  # only now: training takes longer to begin than all of this takes
             *("create-job", "--action", "inference", "--name", "l", *SMALL, f"results_dir={tmp_path}"),
             *(f"inference.ann_path={paths.annotations}", f"inference.img_dir={paths.images}"),
             *(f"inference.checkpoint={tmp_path}/network.pth", "inference.shard_boxes=2", "inference.max_actors=2"),
         )["id"]
         shards = tmp_path / "inference" / "shards"
         _wait("a shard", lambda: list(shards.glob("part-*.parquet")))
-        _wait("a checkpoint", lambda: list((tmp_path / "train").glob("model_*")))
         before = len(list(shards.glob("part-*.parquet")))
         kill_node(spot)
         for job_id in (label, train):
@@ -104,7 +104,7 @@ def test_both_jobs_outlive_one_of_two_nodes(head, mal, tmp_path):
     assert sorted(a["id"] for a in labels) == sorted(a["id"] for a in given)
     assert before < len(list(shards.glob("part-*.parquet"))), "all was done before the node went"
     content = torch.load(tmp_path / "train" / "mal_model_latest.pth", weights_only=True)
-    assert (content["epoch"], content["offset"]) == (2, 0)
+    assert (content["epoch"], content["offset"]) == (3, 0)
     for task in ("inference", "train"):
         lines = [json.loads(line)["status"] for line in (tmp_path / task / "status.json").read_text().splitlines()]
         assert (lines.count("STARTED"), lines[-1]) == (1, "SUCCESS"), "it went on by itself"
