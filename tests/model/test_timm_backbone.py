@@ -52,6 +52,32 @@ def test_family_trains(name: str) -> None:
     assert not all(frozen)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_drops_paths_in_training_alone(name: str) -> None:
+    """With `model.vit_dpr` passes of training differ, those of evaluation do not."""
+    width, stride = FAMILIES[name]
+    torch.manual_seed(0)
+    backbone = build_backbone(f"timm/{name}", crop_size=4 * stride, drop_path=0.9)
+    rates = [module.drop_prob for module in backbone.modules() if type(module).__name__ == "DropPath"]
+    assert rates, "no path is ever dropped"
+    assert 0.0 < max(rates) <= 0.9
+    with torch.no_grad():
+        for scale in (p for p in backbone.parameters() if not p.any()):
+            scale.fill_(1.0)  # ResNet's branches begin at nothing: dropped or not would be the same
+    images = torch.randn(2, 3, 4 * stride, 4 * stride)
+
+    def features(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return backbone(images)
+
+    with torch.no_grad():
+        backbone.train()
+        assert len({float(features(seed).double().sum()) for seed in range(4)}) > 1
+        backbone.eval()
+        assert torch.equal(features(0), features(1))
+        assert features(0).shape[1] == width
+
+
 @pytest.mark.parametrize(("stride", "width"), [(16, 256), (8, 128), (4, 64), (12, 128)])
 def test_a_finer_map_can_be_taken(stride: int, width: int) -> None:
     backbone = build_backbone("timm/resnet18", crop_size=64, feature_stride=stride)
