@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mal import pretrained, storage
-from mal.model.box_evidence import BoxEvidence
 from mal.model.losses import MeanFieldOptions
 from mal.postprocess import NO_CLEANING, Cleaning
 from mal.quality import Calibration, load_calibration
 from mal.spec.load import spec_to_values
-from mal.spec.schema import ModelSpec, PoolSpec, Spec, TrainSpec
+from mal.spec.schema import ModelSpec, PoolSpec, Spec
 
 _S3_VARIABLES = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
@@ -143,30 +142,11 @@ def make_task(
         decode_on_nodes=pool.decode == "nodes",
         overlap=gpu,
         more_margins=pool.test_margins or (),
-        crf=_crf(spec.train) if pool.use_crf_test else None,
+        crf=MeanFieldOptions.of(spec.train) if pool.use_crf_test else None,
         cleaning=Cleaning(pool.fill_holes, pool.largest_component, pool.min_component_area),
         encryption_key=spec.encryption_key,
         calibration=_calibration(pool.quality_path),
         categories=dict(categories or {}),
-    )
-
-
-def _crf(train: TrainSpec) -> MeanFieldOptions:
-    return MeanFieldOptions(
-        kernel_size=train.crf_kernel_size,
-        zeta=train.crf_zeta,
-        iterations=train.crf_num_iter,
-        low=train.crf_value_low_thres,
-        high=train.crf_value_high_thres,
-        size_ratio=train.crf_size_ratio,
-        evidence=BoxEvidence(
-            shape_weight=train.crf_shape_weight,
-            shape_radius=train.crf_shape_radius,
-            colour_weight=train.crf_colour_weight,
-            colour_zeta=train.crf_colour_zeta,
-            rounds=train.crf_rounds,
-            network_weight=train.crf_network_weight,
-        ),
     )
 
 
@@ -210,7 +190,7 @@ def result_keys(spec: Spec, pool: PoolSpec, *, input_fingerprint: str, model_id:
         "use_teacher_test": pool.use_teacher_test,
         "use_mixed_model_test": pool.use_mixed_model_test,
         "use_flip_test": pool.use_flip_test,
-        "use_crf_test": pool.use_crf_test and dataclasses.asdict(_crf(spec.train)),
+        "use_crf_test": pool.use_crf_test and dataclasses.asdict(MeanFieldOptions.of(spec.train)),
         "test_margins": pool.test_margins,
         "fill_holes": pool.fill_holes,
         "largest_component": pool.largest_component,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mal.model.box_evidence import NO_EVIDENCE, BoxEvidence, refine_with_evidence
 from mal.model.mean_field import mean_field
+from mal.spec.schema import TrainSpec
 
 DICE_EPSILON = 0.001
 COUNT_EPSILON = 1e-4
@@ -68,6 +69,26 @@ class MeanFieldOptions:
         if not self.evidence:
             return refined(probabilities)
         return refine_with_evidence(probabilities, image, box_mask, self.evidence, refined)
+
+    @classmethod
+    def of(cls, train: TrainSpec) -> MeanFieldOptions:
+        """Those of a spec, for training and for test time alike."""
+        return cls(
+            kernel_size=train.crf_kernel_size,
+            zeta=train.crf_zeta,
+            iterations=train.crf_num_iter,
+            low=train.crf_value_low_thres,
+            high=train.crf_value_high_thres,
+            size_ratio=train.crf_size_ratio,
+            evidence=BoxEvidence(
+                shape_weight=train.crf_shape_weight,
+                shape_radius=train.crf_shape_radius,
+                colour_weight=train.crf_colour_weight,
+                colour_zeta=train.crf_colour_zeta,
+                rounds=train.crf_rounds,
+                network_weight=train.crf_network_weight,
+            ),
+        )
 
 
 def dice(prediction: Tensor, target: Tensor) -> Tensor:

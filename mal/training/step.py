@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mal.model.box_evidence import BoxEvidence
 from mal.model.losses import MeanFieldOptions, box_losses, warm_up
 from mal.model.network import StudentTeacher
 from mal.model.optimizer import build_optimizer
@@ -57,22 +56,7 @@ class Stepper:
             kind=train.optim_type,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.compute == torch.float16)
-        self.crf = MeanFieldOptions(
-            kernel_size=train.crf_kernel_size,
-            zeta=train.crf_zeta,
-            iterations=train.crf_num_iter,
-            low=train.crf_value_low_thres,
-            high=train.crf_value_high_thres,
-            size_ratio=train.crf_size_ratio,
-            evidence=BoxEvidence(
-                shape_weight=train.crf_shape_weight,
-                shape_radius=train.crf_shape_radius,
-                colour_weight=train.crf_colour_weight,
-                colour_zeta=train.crf_colour_zeta,
-                rounds=train.crf_rounds,
-                network_weight=train.crf_network_weight,
-            ),
-        )
+        self.crf = MeanFieldOptions.of(train)
 
     def step(self, batches: Sequence[Batch], moment: Moment) -> Tensor:
         """One optimiser step over ``batches`` (more than one: accumulated gradients).
