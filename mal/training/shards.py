@@ -30,6 +30,9 @@ from mal.encryption import opened, sealed
 from mal.errors import CheckpointError, MalError
 from mal.model.safe_loading import load_pickle
 
+# What one worker does alone is no accident. Set for good: `warnings.catch_warnings` is not for threads, and they save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
 FACTS = "training.pth"
 """The file that is written last: epoch, offset, spec and the like."""
 
@@ -57,8 +60,7 @@ def write_shards(
     if group is not None:
         dist.barrier(group)
     try:
-        with _together(group) as no_dist:
-            dcp.save(dict(state), storage_writer=_Writer(folder, key), process_group=group, no_dist=no_dist)
+        dcp.save(dict(state), storage_writer=_Writer(folder, key), process_group=group, no_dist=group is None)
         if rank == 0:
             content = {**facts, "files": {name: _size(folder, name) for name in storage.list_files(folder)}}
             with storage.open_write(storage.join(folder, FACTS)) as file, sealed(file, key) as clear:
@@ -96,8 +98,7 @@ def load_shards(folder: str, state: dict[str, Tensor], key: str | None, group: A
     """
     try:
         reader, planner = _Reader(folder, key), _TensorsOnly()
-        with _together(group) as no_dist:
-            dcp.load(state, storage_reader=reader, planner=planner, process_group=group, no_dist=no_dist)
+        dcp.load(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         _explain(folder, error)
 
@@ -109,17 +110,6 @@ def read_whole(folder: str, key: str | None) -> dict[str, Tensor]:
     state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in tensors.items()}
     load_shards(folder, state, key, None)
     return state
-
-
-@contextlib.contextmanager
-def _together(group: Any) -> Iterator[bool]:
-    """Whether torch is to do without messages between ranks; it need not warn of that."""
-    if group is not None:
-        yield False
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield True
 
 
 def _size(folder: str, name: str) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pickle
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,16 @@ def test_saving_does_not_wait_for_the_disk_and_errors_come_up_later(train_task, 
     with pytest.raises(storage.StorageError, match="the disk is gone"):
         saver.save(stepper.strategy, stepper.optimizer, stepper.scaler, TrainingState(epoch=2))
     saver.wait()
+
+
+def test_the_thread_that_saves_leaves_the_filters_of_warnings_alone(train_task, monkeypatch):
+    """They are the process's: what two threads set and restore at once, both lose (it failed a save in CI)."""
+    task, before, same = train_task(), warnings.filters, []
+    write = storage.open_write
+    monkeypatch.setattr(storage, "open_write", lambda path: same.append(warnings.filters is before) or write(path))
+    save_now(task, _stepper(task), TrainingState(epoch=0, offset=2, global_step=1))
+    assert same
+    assert all(same)
 
 
 def test_hyperparameters_are_those_of_the_spec_at_hand(train_task):
