@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from mal import boxes, crops
 from mal.data import augment
 from mal.data.index import build_index
-from mal.data.resizing import resize
 from mal.data.sampler import OffsetSampler, epoch_order
 from mal.data.training_set import TrainingSet, load_training_boxes
 from mal.model.network import StudentTeacher, build_network
+from mal.resizing import resize
 from mal.spec.load import load_spec
 from mal.training.step import Moment, Stepper
 from mal.training.waiting import Waiting

@@ -13,7 +13,8 @@ import argparse
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from mal import boxes, crops, masks, pasting, predictor
-from mal.boxes import Box
+from mal import boxes, crops, masks, pasting
+from mal.boxes import Box, Window
 from mal.data import images
 from mal.data.index import build_index
 from mal.labelling import shard
-from mal.labelling.task import make_task
-from mal.predictor import Predictor
+from mal.labelling.task import LabelTask, make_task
+from mal.pasting import MaskResult
+from mal.predictor import BoxItem, Predictor
+from mal.resizing import resize_normalised
 from mal.spec.load import load_spec
 
-PEER = {"decode": 2.9, "cut and resize": 3.7, "normalise": 2.8, "paste": 3.4, "RLE": 0.5, "rows, parquet": 0.5}
+PEER = {"decode": 2.9, "cut, resize, normalise": 3.7 + 2.8, "paste": 3.4, "RLE": 0.5, "rows, parquet": 0.5}
 """Milliseconds of CPU a box, of the peer (its collating stands beside our rows)."""
 PEER_PICTURE = 6.3
 """And for a picture that nobody sees."""
@@ -61,93 +64,97 @@ def cpu_ms(work: Callable[[], Any], boxes: int, runs: int) -> float:
     return min(found)
 
 
-def measure(ann_path: str, img_dir: str, crop_size: int, runs: int) -> tuple[dict[str, float], float, int, int]:
-    """Milliseconds by stage, of all stages in one go, and how many boxes and images there were."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="mal-stages-") as folder:
-        begun = time.process_time()
-        index = build_index(ann_path, folder)
-        indexed = time.process_time() - begun
-        spec = load_spec(None, [f"dataset.crop_size={crop_size}", f"inference.batch_size={BATCH}"])
-        own = {"folder": folder, "img_dir": img_dir, "checkpoint": "", "model_id": "m"}
-        task = make_task(spec, spec.inference, **own, load_mask=False, gpu=False)
-        rows = pa.concat_tables(index.read_shard(number) for number in range(index.shards))
-    records = rows.to_pylist()
-    paths = [images.safe_join(img_dir, record["file_name"]) for record in records]
+@dataclass
+class Work:
+    """All boxes of a file, and what each stage gives to the next."""
 
-    def decode() -> list[Any]:
-        return [images.decode(path, max_pixels=10**9) for path in paths]
+    ann_path: str
+    task: LabelTask
+    rows: pa.Table
+    """The index."""
+    records: list[dict[str, Any]]
+    """Its images."""
+    made: Predictor
+    paths: list[str] = field(default_factory=list)
+    items: list[BoxItem] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    """Around each box, by the widest margin."""
 
-    pixels = decode()
-    items = []
-    for record, image in zip(records, pixels, strict=True):
-        for box in record["boxes"]:
-            inside = boxes.clip(boxes.from_xywh(box["bbox"]), record["width"], record["height"])
-            assert inside is not None
-            items.append((image, inside, boxes.central_window(inside)))
-    count = len(items)
-    made = Predictor(Blobs(crop_size // 4), crop_size=crop_size)
-    one = torch.empty(BATCH, 3, crop_size, crop_size)
-    resized = [
-        predictor._resize(predictor._upload([crops.cut(image, window)], made.device)[0], crop_size, whole=True)
-        for image, _, window in items[:BATCH]
-    ]
+    def index(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="mal-stages-") as folder:
+            build_index(self.ann_path, folder)
 
-    def resize() -> None:
-        for image, _, window in items:
-            predictor._resize(predictor._upload([crops.cut(image, window)], made.device)[0], crop_size, whole=True)
+    def decode(self) -> list[Any]:
+        return [images.decode(path, max_pixels=10**9) for path in self.paths]
 
-    def normalise() -> None:
-        for _ in range(count // BATCH):
-            for k in range(BATCH):
-                predictor._normalised_into(one[k], resized[k])
+    def resize(self) -> None:
+        out = np.empty((3, self.made.crop_size, self.made.crop_size), np.float32)
+        for item, window in zip(self.items, self.windows, strict=True):
+            resize_normalised(crops.cut(item.image, window), self.made.crop_size, out)
 
-    batches = [items[k : k + BATCH] for k in range(0, count, BATCH)]
-    places = [[place(image, box, window, made) for image, box, window in batch] for batch in batches]
+    def place(self) -> list[pasting.Placement]:
+        return [place(item.image, item.box, w, self.made) for item, w in zip(self.items, self.windows, strict=True)]
 
-    def placements() -> None:
-        for image, box, window in items:
-            place(image, box, window, made)
+    def paste(self, placements: Sequence[pasting.Placement]) -> list[MaskResult]:
+        batches = [placements[k : k + BATCH] for k in range(0, len(placements), BATCH)]
+        logits = self.made.networks[0].logits
+        return [result for own in batches for result in pasting.paste([(logits[: len(own)], own)])]  # type: ignore[index]
 
-    def paste() -> list[Any]:
-        return [pasting.paste([(made.networks[0].logits[: len(own)], own)]) for own in places]
-
-    results = [result for found in paste() for result in found]
-    windows = [p.pixels for own in places for p in own]
-    parts = []
-    for result, window, (image, *_) in zip(results, windows, items, strict=True):
-        mask = masks.decode(result.counts, *image.shape[:2])[window.y0 : window.y1, window.x0 : window.x1]
-        parts.append((np.asfortranarray(mask), window, *image.shape[:2]))
-
-    def encode() -> None:
-        for part in parts:
-            masks.encode_bounded(*part)
-
-    def write_rows() -> None:
-        labels = shard._Labels(task, shard._Work(rows))
+    def write(self, results: Sequence[MaskResult]) -> None:
+        labels = shard._Labels(self.task, shard._Work(self.rows))
         for number, result in enumerate(results):
             labels.add(number, result)
         pq.write_table(labels.table(), io.BytesIO(), compression="zstd")
 
-    def everything() -> None:
-        given = iter([(record, image) for record, image in zip(records, decode(), strict=True)])
-        pq.write_table(shard.label_rows(task, made, lambda _: given, rows), io.BytesIO(), compression="zstd")
+    def everything(self) -> None:
+        given = iter(list(zip(self.records, self.decode(), strict=True)))
+        table = shard.label_rows(self.task, self.made, lambda _: given, self.rows)
+        pq.write_table(table, io.BytesIO(), compression="zstd")
 
+
+def prepared(ann_path: str, img_dir: str, crop_size: int) -> Work:
+    """Index, images and windows of a file."""
+    with tempfile.TemporaryDirectory(prefix="mal-stages-") as folder:
+        index = build_index(ann_path, folder)
+        spec = load_spec(None, [f"dataset.crop_size={crop_size}", f"inference.batch_size={BATCH}"])
+        own = {"folder": folder, "img_dir": img_dir, "checkpoint": "", "model_id": "m"}
+        task = make_task(spec, spec.inference, **own, load_mask=False, gpu=False)
+        rows = pa.concat_tables(index.read_shard(number) for number in range(index.shards))
+    work = Work(ann_path, task, rows, rows.to_pylist(), Predictor(Blobs(crop_size // 4), crop_size=crop_size))
+    work.paths = [images.safe_join(img_dir, record["file_name"]) for record in work.records]
+    for record, image in zip(work.records, work.decode(), strict=True):
+        for box in record["boxes"]:
+            inside = boxes.clip(boxes.from_xywh(box["bbox"]), record["width"], record["height"])
+            assert inside is not None
+            work.items.append(BoxItem(image, inside))
+            work.windows.append(boxes.central_window(inside))
+    return work
+
+
+def measure(work: Work, runs: int) -> tuple[dict[str, float], float]:
+    """Milliseconds of CPU a box by stage, and of all stages but the index in one go."""
+    count = len(work.items)
+    placements = work.place()
+    results = work.paste(placements)
+    parts = []
+    for result, placement in zip(results, placements, strict=True):
+        window, size = placement.pixels, (placement.height, placement.width)
+        mask = masks.decode(result.counts, *size)[window.y0 : window.y1, window.x0 : window.x1]
+        parts.append((np.asfortranarray(mask), window, *size))
     spent = {
-        "index": indexed / count * 1e3,
-        "decode": cpu_ms(decode, count, runs),
-        "cut and resize": cpu_ms(resize, count, runs),
-        "normalise": cpu_ms(normalise, count, runs),
-        "box masks": cpu_ms(placements, count, runs),
-        "paste": cpu_ms(paste, count, runs),
-        "RLE": cpu_ms(encode, count, runs),
-        "rows, parquet": cpu_ms(write_rows, count, runs),
+        "index": cpu_ms(work.index, count, max(runs, 2)),  # the first time Python loads what it needs for it
+        "decode": cpu_ms(work.decode, count, runs),
+        "cut, resize, normalise": cpu_ms(work.resize, count, runs),
+        "box masks": cpu_ms(work.place, count, runs),
+        "paste": cpu_ms(lambda: work.paste(placements), count, runs),
+        "RLE": cpu_ms(lambda: [masks.encode_bounded(*part) for part in parts], count, runs),
+        "rows, parquet": cpu_ms(lambda: work.write(results), count, runs),
     }
     spent["paste"] -= spent["RLE"]
-    return spent, cpu_ms(everything, count, runs), count, len(records)
+    return spent, cpu_ms(work.everything, count, runs)
 
 
-def place(image: Any, box: Box, window: boxes.Window, made: Predictor) -> pasting.Placement:
+def place(image: Any, box: Box, window: Window, made: Predictor) -> pasting.Placement:
     """Where a crop's mask belongs, as `Predictor.prepare` notes it."""
     height, width = image.shape[:2]
     rows, columns = crops.box_mask_axes(window, box, width, height, made.crop_size)
@@ -163,15 +170,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--boxes-per-second", type=float, default=100.0, help="of a GPU's network (%(default)s)")
     options = parser.parse_args()
-    spent, whole, count, pictures = measure(options.ann_path, options.img_dir, options.crop_size, options.runs)
+    torch.set_num_threads(1)
+    work = prepared(options.ann_path, options.img_dir, options.crop_size)
+    spent, whole = measure(work, options.runs)
+    count, pictures = len(work.items), len(work.records)
     print(f"{count} boxes of {pictures} images in {Path(options.img_dir).name}, crop {options.crop_size}")
-    print(f"{'ms of CPU a box':<20}{'here':>8}{'peer':>8}")
+    print(f"{'ms of CPU a box':<24}{'here':>8}{'peer':>8}")
     for stage, ms in spent.items():
-        print(f"{stage:<20}{ms:>8.2f}{PEER.get(stage, 0.0):>8.1f}")
-    print(f"{'(a picture)':<20}{0.0:>8.2f}{PEER_PICTURE:>8.1f}")
+        print(f"{stage:<24}{ms:>8.2f}{PEER.get(stage, 0.0):>8.1f}")
+    print(f"{'(a picture)':<24}{0.0:>8.2f}{PEER_PICTURE:>8.1f}")
     peer = sum(PEER.values()) + PEER_PICTURE
-    print(f"{'sum':<20}{sum(spent.values()):>8.2f}{peer:>8.1f}   {peer / sum(spent.values()):.1f} times less")
-    print(f"{'all in one go':<20}{whole:>8.2f}          (without the index)")
+    print(f"{'sum':<24}{sum(spent.values()):>8.2f}{peer:>8.1f}   {peer / sum(spent.values()):.1f} times less")
+    print(f"{'all in one go':<24}{whole:>8.2f}          (without the index)")
     on_cpu = spent["decode"] + spent["box masks"] + spent["RLE"] + spent["rows, parquet"]
     speed = options.boxes_per_second
     print(

@@ -27,6 +27,7 @@ from mal.errors import SpecError
 from mal.model.losses import MeanFieldOptions
 from mal.model.refinement import refined_logits
 from mal.pasting import MaskResult, Placement, paste
+from mal.resizing import resize, resize_normalised
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -201,7 +202,7 @@ class Predictor:
         """Cut, resize and normalise (METHOD section 2). Needs no network: may run ahead in other threads.
 
         Windows are cut on the CPU, where that is a view or a short copy, and everything else happens on the device.
-        Pixels agree with `mal.crops.resize` within 2/255.
+        Pixels are those of `mal.crops.resize`; on a GPU within 2/255.
         """
         size = self.crop_size
         areas = [area(item.box) for item in items]
@@ -211,13 +212,11 @@ class Predictor:
             assert item.image.ndim == 3, item.image.shape
         pixels = [crops.cut(item.image, window) for item, window in zip(items, windows, strict=True)]
         images = torch.empty(len(items), 3, size, size, device=self.device)
-        for image, source in zip(images, _upload(pixels, self.device), strict=True):
-            resized = _resize(source, size, whole=source.device.type == "cpu")
-            if images.device.type == "cpu":
-                _normalised_into(image, resized)
-            else:
-                image.copy_(resized)
-        if images.device.type != "cpu":
+        if images.device.type == "cpu":
+            for image, source in zip(images, pixels, strict=True):
+                resize_normalised(source, size, image.numpy())
+        else:
+            _resize_into(images, pixels)
             _normalise(images)
         placements = []
         for item, window, band in zip(items, windows, band_index(areas), strict=True):
@@ -285,19 +284,19 @@ def _logits(network: nn.Module, images: Tensor, areas: Tensor) -> Tensor:
     return (logits[:, 0] if logits.ndim == 4 else logits).float()
 
 
-def _upload(pixels: Sequence[NDArray[np.uint8]], device: torch.device) -> list[Tensor]:
-    """Windows ``[h, w, 3]`` as tensors where they are to be resized; to a GPU in one transfer, from pinned memory."""
-    tensors: list[Tensor | None] = [None] * len(pixels)
-    small = [i for i, one in enumerate(pixels) if device.type == "cuda" and one.size <= 3 * LARGEST_UPLOAD]
+def _resize_into(images: Tensor, pixels: Sequence[NDArray[np.uint8]]) -> None:
+    """Windows ``[h, w, 3]`` resized into ``images`` ``[B, 3, S, S]`` on a GPU: whole values 0..255.
+
+    They travel in one transfer from pinned memory, but for large ones, which are resized before they do.
+    """
+    size = images.shape[-1]
+    small = [i for i, one in enumerate(pixels) if one.size <= 3 * LARGEST_UPLOAD]
     for i in set(range(len(pixels))).difference(small):
-        # Ray's arrays are read-only, which torch warns of.
-        tensors[i] = torch.from_numpy(pixels[i] if pixels[i].flags.writeable else pixels[i].copy())
+        images[i].copy_(torch.from_numpy(resize(pixels[i], size).transpose(2, 0, 1)))
     if small:
-        packed = pack([pixels[i] for i in small], pinned=True).to(device, non_blocking=True)
-        parts = packed.split([pixels[i].size for i in small])
-        for i, part in zip(small, parts, strict=True):
-            tensors[i] = part.view(pixels[i].shape)
-    return [tensor for tensor in tensors if tensor is not None]
+        packed = pack([pixels[i] for i in small], pinned=images.is_cuda).to(images.device, non_blocking=True)
+        for i, part in zip(small, packed.split([pixels[i].size for i in small]), strict=True):
+            images[i].copy_(_resize(part.view(pixels[i].shape), size))
 
 
 def pack(pixels: Sequence[NDArray[np.uint8]], *, pinned: bool) -> Tensor:
@@ -310,40 +309,17 @@ def pack(pixels: Sequence[NDArray[np.uint8]], *, pinned: bool) -> Tensor:
     return packed
 
 
-def _resize(pixels: Tensor, size: int, whole: bool) -> Tensor:
-    """`mal.crops.resize` by torch: uint8 ``[h, w, 3]`` to whole values 0..255, ``[3, size, size]``.
-
-    Args:
-        whole: compute in uint8, which torch can on the CPU, four times faster than Pillow. Else in floats, rounded
-            after each axis as Pillow does.
-    """
+def _resize(pixels: Tensor, size: int) -> Tensor:
+    """`mal.crops.resize` by torch, for GPUs: uint8 ``[h, w, 3]`` to whole values 0..255, ``[3, size, size]``."""
     height, width = pixels.shape[:2]
-    planes = pixels.permute(2, 0, 1)[None]
-    if not whole:
-        planes = planes.to(torch.float32, memory_format=torch.contiguous_format)
-    if crops.vertical_first(height, width, size):
-        planes = _filter(planes, (size, width), whole)
-    elif not whole:  # one call for both axes would not round between them
-        planes = _filter(planes, (height, size), whole)
-    return _filter(planes, (size, size), whole)[0]
+    planes = pixels.permute(2, 0, 1)[None].to(torch.float32, memory_format=torch.contiguous_format)
+    between = (size, width) if crops.vertical_first(height, width, size) else (height, size)
+    return _filter(_filter(planes, between), (size, size))[0]
 
 
-def _filter(planes: Tensor, shape: tuple[int, int], whole: bool) -> Tensor:
-    """Antialiased bicubic resize of ``[1, 3, h, w]`` to ``shape``."""
-    if whole:
-        return F.interpolate(planes, shape, mode="bicubic", antialias=True)
+def _filter(planes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Antialiased bicubic resize of ``[1, 3, h, w]`` to ``shape``, rounded and cut as Pillow does after each axis."""
     return F.interpolate(planes, shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
-
-
-_SCALE = [1 / (255 * std) for std in IMAGENET_STD]
-_OFFSET = [torch.tensor(-mean / std) for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-
-
-def _normalised_into(image: Tensor, pixels: Tensor) -> None:
-    """`_normalise` of ``pixels`` [3, S, S] into ``image`` on a CPU: plane by plane, each while it is in the cache."""
-    for plane, values, scale, offset in zip(image, pixels, _SCALE, _OFFSET, strict=True):
-        plane.copy_(values)
-        torch.add(offset, plane, alpha=scale, out=plane)
 
 
 def _normalise(images: Tensor) -> None:

@@ -209,23 +209,32 @@ def denormalised(images: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [64, 200])
-def test_crops_agree_with_pillow(size: int) -> None:
+def test_crops_are_pillows(size: int) -> None:
     items = crop_items()
     batch = Predictor(Brightness(), crop_size=size).prepare(items)
     for pixels, item in zip(denormalised(batch.images), items, strict=True):
-        assert_near(pixels, crops.resize(crops.cut(item.image, boxes.central_window(item.box)), size))
+        plain = crops.resize(crops.cut(item.image, boxes.central_window(item.box)), size)
+        np.testing.assert_allclose(pixels, plain, atol=1e-4)
     assert batch.areas.tolist() == [boxes.area(item.box) for item in items]
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("largest", [0, 5000, predictor.LARGEST_UPLOAD])
+def test_crops_of_a_gpu_are_near_pillows(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    """Torch's filter in floats, run on the CPU here; windows above ``largest`` pixels are resized first."""
+    monkeypatch.setattr(predictor, "LARGEST_UPLOAD", largest)
+    windows = [crops.cut(item.image, boxes.central_window(item.box)) for item in crop_items()]
+    images = torch.empty(len(windows), 3, SIZE, SIZE)
+    predictor._resize_into(images, windows)
+    for image, window in zip(images, windows, strict=True):
+        assert_near(image.permute(1, 2, 0).numpy(), crops.resize(window, SIZE))
+
+
 @settings(deadline=None)
 @given(st.integers(2, 200), st.integers(2, 200))
-def test_resize_agrees_with_pillow_in_uint8_and_in_floats(whole: bool, height: int, width: int) -> None:
-    """Floats are what a GPU computes with. No window is narrower than 2 pixels, where torch 2.15's float resize on the
-    CPU goes wrong."""
+def test_resize_in_floats_is_near_pillows(height: int, width: int) -> None:
+    """No window is narrower than 2 pixels, where torch 2.15's float resize on the CPU goes wrong."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    resized = predictor._resize(torch.from_numpy(pixels), SIZE, whole)
-    assert_near(resized.permute(1, 2, 0).numpy(), crops.resize(pixels, SIZE))
+    assert_near(predictor._resize(torch.from_numpy(pixels), SIZE).permute(1, 2, 0).numpy(), crops.resize(pixels, SIZE))
 
 
 def assert_near(pixels: np.ndarray, expected: np.ndarray) -> None:

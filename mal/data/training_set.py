@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from mal import boxes, crops
 from mal.data import augment, images
 from mal.data.index_folder import open_index
-from mal.data.resizing import resize
 from mal.errors import InputError, StorageError
+from mal.resizing import resize
 
 _LOG = logging.getLogger(__name__)
 
