@@ -81,7 +81,8 @@ def resume(
     if facts is None:
         return TrainingState()
     scaler.load_state_dict(facts["scaler"])
-    return TrainingState(facts["epoch"], facts["offset"], facts["global_step"], scores=dict(facts["scores"]))
+    done = facts["epoch"], facts["offset"], facts["global_step"]
+    return TrainingState(*done, loss=facts.get("loss", math.nan), scores=dict(facts["scores"]))
 
 
 def progress(task: TrainTask) -> tuple[int, int]:

@@ -64,6 +64,7 @@ class Saver:
             "epoch": state.epoch,
             "offset": state.offset,
             "global_step": state.global_step,
+            "loss": state.loss,
             "scores": dict(state.scores),
             "resumed_from": self.task.spec.train.resume_training_checkpoint_path,
             "spec": spec_to_values(self.task.spec),

@@ -153,12 +153,13 @@ class Worker:
                 return
         self._report()
         waiting_share = self.waiting.share(begun)
-        self.state.epoch, self.state.offset = epoch + 1, 0
         train = self.task.spec.train
-        last = self.state.epoch == train.num_epochs
-        validated = self.task.val_index is not None and (last or self.state.epoch % train.validation_interval == 0)
+        last = epoch + 1 == train.num_epochs
+        validated = self.task.val_index is not None and (last or (epoch + 1) % train.validation_interval == 0)
         if validated:
+            self._save()  # validation can take long: whoever is killed in it has lost no step
             self.state.scores = validate(self.task, self.stepper, self.rank, self.events, self.state.global_step)
+        self.state.epoch, self.state.offset = epoch + 1, 0
         by_step = train.checkpoint_interval_unit == "step"
         if last or by_step or self.wish >= Wish.LEAVE or self.state.epoch % train.checkpoint_interval == 0:
             self._save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,9 +11,15 @@ import threading
 
 import pyarrow.fs as pafs
 import pytest
-from tiny_training import TINY
+import torch
+from tiny_training import TINY, cut_blocks, make_batch, save_now, tiny_model, tiny_spec
 
+from mal import storage
 from mal.data.scenes import write_scenes
+from mal.encryption import MAGIC
+from mal.training.checkpoints import TrainingState, progress, resume
+from mal.training.step import Moment, Stepper
+from mal.training.task import TrainTask
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -90,6 +97,38 @@ def test_training_and_evaluation_leave_all_they_know_in_the_bucket(bucket, tmp_p
     assert 0 <= json.loads(_text(store, "evaluate/metrics.json"))["mIoU"] <= 1
     for name in found:
         assert b"testing-secret" not in _bytes(store, name), name
+
+
+@pytest.mark.parametrize("key", [None, "open sesame"])
+def test_shards_in_a_bucket_are_gone_on_from(bucket, monkeypatch, key):
+    environment, store = bucket
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cut_blocks(monkeypatch)
+    storage._remote_filesystem.cache_clear()  # of another server's address
+    spec = dataclasses.replace(tiny_spec(), encryption_key=key)
+    task = TrainTask(spec, f"s3://{BUCKET}/run/train", "", None, 1, False)
+    stepper = _stepper(task)
+    for step in (1, 2, 3):
+        stepper.step([make_batch(step, 2)], Moment(0, step, 30))
+        save_now(task, stepper, TrainingState(epoch=0, offset=2 * step, global_step=step))
+    assert storage.list_folders(task.folder) == [f"model_epoch_000_step_0000000{step}.dcp" for step in (2, 3)]
+    files = [info.path for info in _files(store)]
+    assert len(files) == 6
+    for name in files:
+        assert _bytes(store, name.removeprefix(f"{BUCKET}/run/")).startswith(MAGIC) == bool(key)
+    assert progress(task) == (0, 6)
+    after = _stepper(task)
+    assert resume(task, after.strategy, after.optimizer, after.scaler).global_step == 3
+    batch, moment = make_batch(9, 2), Moment(0, 4, 30)
+    assert stepper.step([batch], moment).tolist() == after.step([batch], moment).tolist()
+    for p, q in zip(stepper.model.parameters(), after.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    storage._remote_filesystem.cache_clear()
+
+
+def _stepper(task):
+    return Stepper(task.spec, tiny_model(task.spec), torch.device("cpu"), 1)
 
 
 def _data(paths):

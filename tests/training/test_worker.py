@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_training import TINY, cut_blocks
@@ -77,6 +79,35 @@ def test_a_run_killed_within_an_epoch_ends_with_the_same_weights(make_worker, mo
     assert (again.state.epoch, again.state.offset) == (1, 4 * (3 if steps % 2 else 2))
     for name, tensor in _finish(again).items():
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_run_killed_in_validation_has_lost_no_step(make_worker, monkeypatch):
+    """Not even where checkpoints are due more seldom than validation."""
+    seldom = ["train.checkpoint_interval=2", "train.validation_interval=1"]
+    whole = _finish(make_worker("whole", *seldom))
+
+    def validated(folder: str, validate) -> Worker:
+        monkeypatch.setattr("mal.training.worker.validate", validate)
+        worker = make_worker(folder, *seldom)
+        worker.task = dataclasses.replace(worker.task, val_index="an index")
+        return worker
+
+    def killed(*_):
+        raise Killed
+
+    first = validated("killed", killed)
+    with pytest.raises(Killed):
+        _finish(first)
+    first.saver.wait()
+    again = validated("killed", lambda *_: {"mIoU": 0.5})
+    assert (again.state.epoch, again.state.global_step) == (0, again.steps_per_epoch)
+    assert again.state.loss == first.state.loss
+    taken, step = [], again.stepper.step
+    monkeypatch.setattr(again.stepper, "step", lambda *arguments: taken.append(1) or step(*arguments))
+    for name, tensor in _finish(again).items():
+        assert torch.equal(tensor, whole[name]), name
+    assert len(taken) == again.steps_per_epoch  # of the second epoch alone
+    assert again.state.scores == {"mIoU": 0.5}
 
 
 def test_a_pause_saves_within_the_epoch_and_the_rest_is_done_later(make_worker):
