@@ -13,6 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,11 +30,13 @@ from mal.spec.load import load_spec
 from mal.training.step import Moment, Stepper
 from mal.training.waiting import Waiting
 
+Clock = Callable[[], float]
+
 MOST_WAITING = 0.05
 """The aim: the step waits for less than this part of its time."""
 
 
-def loader_seconds(data: TrainingSet, samples: int, now: Callable[[], float]) -> dict[str, float]:
+def loader_seconds(data: TrainingSet, samples: int, now: Clock) -> dict[str, float]:
     """Seconds per sample of one process, by parts; ``all`` is the whole of it."""
     order = epoch_order(len(data), seed=0, epoch=0)[: samples + 1]
     data[(0, int(order[0]))]  # warms up
@@ -53,8 +56,49 @@ def loader_seconds(data: TrainingSet, samples: int, now: Callable[[], float]) ->
     return spent
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """What was measured of steps fed by a loader; seconds."""
+
+    step: float
+    changing: float
+    """Of a step, the student's view: colours and blur, on the device."""
+    waiting: float
+    """Part of the time in which the next batch was waited for."""
+
+
+def fed_steps(data: TrainingSet, stepper: Stepper, batch: int, processes: int, steps: int, now: Clock) -> Stepped:
+    """``steps`` steps after one that warms up, on batches of a loader of ``processes``."""
+    device = stepper.device
+    sampler = OffsetSampler(len(data), batch_size=batch, rank=0, workers=1, seed=0)
+    loader = DataLoader(
+        data,
+        batch_size=batch,
+        sampler=sampler,
+        num_workers=processes,
+        multiprocessing_context="forkserver" if processes else None,
+        prefetch_factor=4 if processes else None,
+        pin_memory=device.type == "cuda",
+    )
+    waiting, seconds, changing = Waiting(device), [], []
+    since = waiting.mark()
+    for number, samples in enumerate(waiting.over(loader)):
+        if number == 1:
+            since = waiting.mark()  # the first batch waits for the processes to start, the first step warms up
+        begun = now()
+        views = augment.views(samples, device)
+        _finish(device)
+        changing.append(now() - begun)
+        stepper.step([views], Moment(1, 0, 10))
+        _finish(device)
+        seconds.append(now() - begun)
+        if number == steps:
+            break
+    return Stepped(float(np.median(seconds[1:])), float(np.median(changing)), waiting.share(since))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("annotations")
     parser.add_argument("images")
     parser.add_argument("--arch", default="vit-deit-tiny/16")
@@ -88,39 +132,14 @@ def main() -> None:
     spent = loader_seconds(data, options.samples, now)
     print(f"  loader: {1 / spent['all']:.1f} samples/s per process ({1e3 * spent['all']:.2f} ms a sample: ", end="")
     print(", ".join(f"{part} {1e3 * value:.2f}" for part, value in spent.items() if part != "all") + ")")
-
     network = build_network(spec.model, crop_size=options.crop_size)
     stepper = Stepper(spec, StudentTeacher(network), device, workers=1)
-    sampler = OffsetSampler(len(data), batch_size=options.batch, rank=0, workers=1, seed=0)
-    loader = DataLoader(
-        data,
-        batch_size=options.batch,
-        sampler=sampler,
-        num_workers=options.processes,
-        multiprocessing_context="forkserver" if options.processes else None,
-        prefetch_factor=4 if options.processes else None,
-        pin_memory=device.type == "cuda",
-    )
-    waiting, seconds, changing = Waiting(device), [], []
-    for number, batch in enumerate(waiting.over(loader)):
-        if number == 1:
-            since = waiting.mark()  # the first batch waits for the processes to start, the first step warms up
-        begun = now()
-        views = augment.views(batch, device)
-        _finish(device)
-        changing.append(now() - begun)
-        stepper.step([views], Moment(1, 0, 10))
-        _finish(device)
-        seconds.append(now() - begun)
-        if number == options.steps:
-            break
-    step = float(np.median(seconds[1:])) / options.batch
-    print(
-        f"  step: {1 / step:.2f} samples/s; of it the student's view {1e3 * np.median(changing) / options.batch:.2f} ms"
-    )
+    found_steps = fed_steps(data, stepper, options.batch, options.processes, options.steps, now)
+    step, changing = found_steps.step / options.batch, found_steps.changing / options.batch
+    print(f"  step: {1 / step:.2f} samples/s; of it the student's view {1e3 * changing:.2f} ms")
     print(f"  needed for less than {MOST_WAITING:.0%} waiting: ", end="")
     print(f"{max(1, math.ceil((1 - MOST_WAITING) * spent['all'] / step))} loader processes with a CPU each")
-    print(f"  measured waiting share with {options.processes}: {100 * waiting.share(since):.2f} %")
+    print(f"  measured waiting share with {options.processes}: {100 * found_steps.waiting:.2f} %")
 
 
 def _finish(device: torch.device) -> None:
