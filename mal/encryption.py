@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from mal.errors import CheckpointError
+from mal.errors import CheckpointError, WrongKeyError
 
 ENVIRONMENT = "MAL_ENCRYPTION_KEY"
 """Environment variable that holds the key, where the spec does not."""
@@ -97,13 +97,14 @@ def opened(data: bytes, key: str | None, name: str) -> bytes:
         name: of the file, for messages.
 
     Raises:
-        CheckpointError: the key is missing or wrong, or the file was cut or changed.
+        WrongKeyError: the key is missing or wrong.
+        CheckpointError: the file was cut or changed.
     """
     if not is_encrypted(data):
         return data
     key = key or os.environ.get(ENVIRONMENT)
     if not key:
-        raise CheckpointError(f"{name}: it is encrypted; give its key in the environment variable {ENVIRONMENT}")
+        raise WrongKeyError(f"{name}: it is encrypted; give its key in the environment variable {ENVIRONMENT}")
     return b"".join(_pieces(data, key, name))
 
 
@@ -123,8 +124,11 @@ def _pieces(data: bytes, key: str, name: str) -> Iterator[bytes]:
         try:
             yield cipher.decrypt(bytes(sealed[:_NONCE_BYTES]), sealed[_NONCE_BYTES:], _PLACE.pack(number, last))
         except (InvalidTag, ValueError) as error:
-            what = "the key is wrong, or the file was changed" if number == 0 else "the file was cut or changed"
-            raise CheckpointError(f"{name}: it cannot be decrypted: {what}") from error
+            if number == 0:
+                raise WrongKeyError(
+                    f"{name}: it cannot be decrypted: the key is wrong, or the file was changed"
+                ) from error
+            raise CheckpointError(f"{name}: it cannot be decrypted: the file was cut or changed") from error
         if last:
             return
         start, number = begin + length, number + 1

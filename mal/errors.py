@@ -51,6 +51,10 @@ class CheckpointError(MalError):
     """A checkpoint cannot be loaded safely, or does not fit the model of the spec."""
 
 
+class WrongKeyError(CheckpointError):
+    """A checkpoint is encrypted, and its key is missing or wrong."""
+
+
 class RunMismatchError(MalError):
     """The results folder was begun with another input, model or spec; the message names what differs."""
 

@@ -60,8 +60,9 @@ def _figures(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) ->
         return dict.fromkeys(FIGURES, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):
         objects = COCO(truth)
-        # loadRes adds to what it is given, and takes the areas of masks if there are any.
-        given = [{k: v for k, v in result.items() if kind == "segm" or k != "segmentation"} for result in results]
+        # loadRes adds to what it is given, and would sort masks into the bands by the areas of boxes that it finds.
+        other = "bbox" if kind == "segm" else "segmentation"
+        given = [{k: v for k, v in result.items() if k != other} for result in results]
         evaluation = COCOeval_faster(objects, objects.loadRes(given), kind)
         evaluation.evaluate()
         evaluation.accumulate()

@@ -5,6 +5,7 @@ Pure functions of tensors. Everything is computed in float32, per box; `box_loss
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,11 @@ class MeanFieldOptions:
     """Factor on the logits' size at which the CRF loss is computed."""
     evidence: BoxEvidence = NO_EVIDENCE
     """What shape and colours add to the probabilities before the mean field; by default nothing."""
+
+    def map_size(self, logits_size: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the maps that the mean field works on; at least one pixel."""
+        height, width = (max(1, int(side * self.size_ratio)) for side in logits_size)
+        return height, width
 
     def probabilities(self, image: Tensor, probabilities: Tensor, box_mask: Tensor) -> Tensor:
         """The refined probabilities: arguments and result as of `mean_field`, the evidence taken into account."""
@@ -141,7 +147,7 @@ def box_losses(
     student = student_logits.float().sigmoid()
     mil_per_box = mil_loss(student, boxes[:, 0])
 
-    crf_size = (int(size[0] * crf.size_ratio), int(size[1] * crf.size_ratio))
+    crf_size = crf.map_size(size)
     student_crf = _resize(student[:, None], crf_size)[:, 0]
     with torch.no_grad():
         teacher = _resize(teacher_logits.float().sigmoid()[:, None], crf_size)[:, 0]

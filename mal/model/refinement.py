@@ -28,7 +28,7 @@ def refined_logits(logits: Tensor, images: Tensor, box_mask: Tensor, options: Me
         [B, h, w], float32.
     """
     size = (logits.shape[-2], logits.shape[-1])
-    coarse = (int(size[0] * options.size_ratio), int(size[1] * options.size_ratio))
+    coarse = options.map_size(size)
     q = options.probabilities(
         _resize(images.float(), coarse),
         _resize(logits.float().sigmoid()[:, None], coarse)[:, 0],

@@ -97,6 +97,8 @@ def _contradictions(spec: Spec) -> list[str]:
         problems.append(
             f"train.crf_value_low_thres = {train.crf_value_low_thres:g}: it must be below crf_value_high_thres"
         )
+    if any(value >= 1 for value in train.mask_thres):
+        problems.append(f"train.mask_thres = {list(train.mask_thres)}: no probability is above 1; give values below 1")
     if len(train.mask_thres) not in (1, 3):
         problems.append(f"train.mask_thres = {list(train.mask_thres)}: give one value, or three (small, medium, large)")
     if train.min_workers > train_workers(spec):

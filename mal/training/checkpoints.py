@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mal import storage
-from mal.errors import CheckpointError, MalError
+from mal.errors import CheckpointError, MalError, WrongKeyError
 from mal.model.weights import load_pickle
 from mal.spec.load import spec_to_values
 from mal.spec.schema import Spec
@@ -48,6 +48,8 @@ class TrainingState:
     """Mean loss of the last steps."""
     scores: dict[str, float] = field(default_factory=dict)
     """Figures of the last validation."""
+    resumed_from: str | None = None
+    """The checkpoint that all this was read from."""
 
 
 def resume(
@@ -77,12 +79,13 @@ def resume(
         else:
             strategy.load_full(optimizer, tensors["state_dict"], tensors["optimizer"])
 
-    facts = _go_on(task, _agreed(lambda: _candidates(task), strategy), read, load)
-    if facts is None:
+    found = _go_on(task, _agreed(lambda: _candidates(task), strategy), read, load)
+    if found is None:
         return TrainingState()
+    path, facts = found
     scaler.load_state_dict(facts["scaler"])
     done = facts["epoch"], facts["offset"], facts["global_step"]
-    return TrainingState(*done, loss=facts.get("loss", math.nan), scores=dict(facts["scores"]))
+    return TrainingState(*done, facts.get("loss", math.nan), dict(facts["scores"]), path)
 
 
 def progress(task: TrainTask) -> tuple[int, int]:
@@ -92,8 +95,8 @@ def progress(task: TrainTask) -> tuple[int, int]:
         CheckpointError: as `_go_on`.
     """
     key = task.spec.encryption_key
-    facts = _go_on(task, _candidates(task), lambda path: read_content(path, key), lambda path: None)
-    return (int(facts["epoch"]), int(facts["offset"])) if facts else (0, 0)
+    found = _go_on(task, _candidates(task), lambda path: read_content(path, key), lambda path: None)
+    return (int(found[1]["epoch"]), int(found[1]["offset"])) if found else (0, 0)
 
 
 def _go_on(
@@ -101,14 +104,15 @@ def _go_on(
     paths: Sequence[str],
     read: Callable[[str], dict[str, Any]],
     load: Callable[[str], None],
-) -> dict[str, Any] | None:
-    """Load the checkpoint to go on from and return its facts; None to start from the beginning.
+) -> tuple[str, dict[str, Any]] | None:
+    """Load the checkpoint to go on from and return its path and facts; None to start from the beginning.
 
     One that the spec names wins over those of the folder, unless they descend from it: then the same command is being
     run again. A broken newest one is passed over, with a warning, for the one before it; if none is left that can be
     read, that is an error: training anew would overwrite them.
 
     Raises:
+        WrongKeyError: of the newest one that is not broken.
         CheckpointError: it is no training checkpoint, or its model differs from the spec's.
     """
     named = task.spec.train.resume_training_checkpoint_path
@@ -121,6 +125,8 @@ def _go_on(
             different = _difference(facts["spec"], task.spec)
             if not different:
                 load(path)
+        except WrongKeyError:
+            raise  # going on from one before it would overwrite what the right key opens
         except CheckpointError as error:
             broken.append(error)
             continue
@@ -130,7 +136,7 @@ def _go_on(
             raise CheckpointError(
                 f"{path} holds another model: {different}. Correct the spec, or choose a new results_dir"
             )
-        return facts
+        return path, facts
     if broken:
         raise broken[0] if named is None else broken[-1]
     return None
@@ -196,4 +202,11 @@ def _difference(saved: dict[str, Any], spec: Spec) -> str:
     free = ("frozen_stages", "vit_dpr", "pretrained", "teacher_momentum", "strict")
     begun, now = saved["model"], spec_to_values(spec)["model"]
     keys = [key for key in now if key not in free and begun.get(key) != now[key]]
-    return "; ".join(f"model.{key}: {begun.get(key)!r} there, {now[key]!r} in the spec" for key in keys)
+    different = [f"model.{key}: {begun.get(key)!r} there, {now[key]!r} in the spec" for key in keys]
+    thawed = sorted({stage for stage in begun["frozen_stages"] if stage >= 0} - {*now["frozen_stages"]})
+    if thawed:
+        different.append(
+            f"model.frozen_stages: {thawed} were frozen there, so it holds nothing of the optimiser for them (to train "
+            "them from its weights: train.pretrained_model_path)"
+        )
+    return "; ".join(different)

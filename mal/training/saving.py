@@ -20,7 +20,7 @@ import mal
 from mal import storage
 from mal.encryption import sealed
 from mal.spec.load import spec_to_values
-from mal.training.checkpoints import FORMAT, SHARDED, TrainingState
+from mal.training.checkpoints import FORMAT, SHARDED, TrainingState, is_sharded
 from mal.training.shards import FACTS, read_whole, write_shards
 from mal.training.strategy import MODEL, Alone, optimizer_slots
 from mal.training.task import TrainTask
@@ -32,13 +32,15 @@ KEPT_WITHIN_EPOCH = 2
 class Saver:
     """Writes one checkpoint at a time. All ranks make one, and call it alike."""
 
-    def __init__(self, task: TrainTask) -> None:
+    def __init__(self, task: TrainTask, resumed_from: str | None = None) -> None:
+        """``resumed_from``: the checkpoint that training goes on from, if any."""
         self.task = task
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if several else 0
         # Its own group, as two threads must not mix their messages; on the CPU, as the device is busy.
         self._group = dist.new_group(backend="gloo") if several else None
         self._writing: Future[None] | None = None
+        self._shards = resumed_from if resumed_from and is_sharded(resumed_from) else None
         if self.rank == 0:
             delete_half_written(task)
 
@@ -99,12 +101,14 @@ class Saver:
         task, key = self.task, self.task.spec.encryption_key
         whole = not facts["offset"]
         folder = task.shards_path(facts["epoch"] - whole, facts["global_step"])
-        if sharded:
+        # The step says what is in the shards: those of this step are not written again, they may be the only copy.
+        if sharded and folder != self._shards:
             write_shards(folder, tensors, facts, key, self._group, self.rank)
+        self._shards = folder if sharded and not whole else None
         if self.rank == 0:
             if whole:
                 _write_file(task, read_whole(folder, key) if sharded else tensors, facts)
-            _delete_outdated(task, keep=0 if whole else KEPT_WITHIN_EPOCH)
+            _delete_outdated(task, None if whole else folder)
 
 
 def _parameter_groups(strategy: Alone, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -126,10 +130,15 @@ def _write_file(task: TrainTask, tensors: Mapping[str, Tensor], facts: Mapping[s
     storage.copy(path, task.latest)
 
 
-def _delete_outdated(task: TrainTask, keep: int) -> None:
-    """Delete the sharded checkpoints but for the newest ``keep``."""
-    names = [name for name in storage.list_folders(task.folder) if SHARDED.fullmatch(name)]
-    for name in names[: len(names) - keep]:
+def _delete_outdated(task: TrainTask, newest: str | None) -> None:
+    """Delete the sharded checkpoints but for ``newest``, which was written just now, and those just before it.
+
+    Those that came further are of a line that was given up for an earlier checkpoint.
+    """
+    found = [match for name in storage.list_folders(task.folder) if (match := SHARDED.fullmatch(name))]
+    names = [match[0] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2])))]
+    end = names.index(storage.name(newest)) + 1 if newest else 0
+    for name in {*names}.difference(names[max(end - KEPT_WITHIN_EPOCH, 0) : end]):
         storage.delete(storage.join(task.folder, name))
 
 

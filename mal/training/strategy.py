@@ -6,8 +6,8 @@ workers: ``model.<name>`` for student and teacher, ``optimizer.<parameter of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -50,6 +50,10 @@ class Alone:
 
     def local_gradients(self) -> AbstractContextManager[Any]:
         """Inside, gradients stay on their worker: for all but the last batch of an accumulation."""
+        return nullcontext()
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Inside, every worker can run the student by itself, forward only. Entered by all ranks together."""
         return nullcontext()
 
     def share_buffers(self) -> None:
@@ -146,6 +150,23 @@ class Fsdp(Alone):
 
     def local_gradients(self) -> AbstractContextManager[Any]:
         return _unsynced(self.model.student)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All of the student's parameters on every worker, so that no forward pass waits for the others."""
+        from torch.distributed.fsdp import FSDPModule
+
+        student = self.model.student
+        units = [module for module in student.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(unit is not student, recurse=False)
+                unit.reshard()
 
 
 class _unsynced:  # noqa: N801 - a context manager, used like a function

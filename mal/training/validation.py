@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -44,20 +45,21 @@ def validate(task: TrainTask, stepper: Stepper, rank: int, events: EventLog | No
     )
     scores = MaskScores()
     samples: list[tuple[dict[str, Any], pa.Table]] = []
-    with ThreadPoolExecutor(labelling.decode_threads) as pool:
+    # After the predictor, which moves the network to the device it is on: that would undo it.
+    with stepper.strategy.gathered(), ThreadPoolExecutor(labelling.decode_threads) as pool:
         for work in _own_images(task, rank, stepper.workers):
             labels = label_rows(labelling, predictor, pool, work)
             measured = labels.filter(pa.compute.is_valid(labels["iou"]))
             areas = [_clipped_area(row) for row in measured.to_pylist()]
             scores.add_all(measured["category_id"].to_pylist(), measured["iou"].to_pylist(), areas)
             if len(samples) < SAMPLE_IMAGES:
-                samples.append((work.slice(0, 1).to_pylist()[0], labels))
+                samples += _sample(work, labels)
     stepper.model.train()
     joined = _joined(scores, stepper.workers)
     found = {name: value for name, value in joined.result().items() if isinstance(value, float)}
     if events is not None:
         events.scores(step, found)
-        for place, (record, labels) in enumerate(samples[:SAMPLE_IMAGES]):
+        for place, (record, labels) in enumerate(samples):
             events.picture(step, f"masks/{place}", _picture(labelling, record, labels))
         events.flush()
     return found
@@ -68,7 +70,7 @@ def _labelling_task(task: TrainTask) -> LabelTask:
     assert task.val_index is not None
     made = make_task(
         task.spec,
-        task.spec.evaluate,
+        dataclasses.replace(task.spec.evaluate, quality_path=None),  # evaluation writes it, and may not have run yet
         folder=storage.parent(task.val_index),
         img_dir=task.spec.dataset.val_img_dir or "",
         checkpoint="",
@@ -108,6 +110,13 @@ def _clipped_area(row: dict[str, Any]) -> float:
     box = boxes.clip(boxes.from_xywh(row["bbox"]), row["width"], row["height"])
     assert box is not None, "only boxes that overlap their image are labelled"
     return boxes.area(box)
+
+
+def _sample(work: pa.Table, labels: pa.Table) -> list[tuple[dict[str, Any], pa.Table]]:
+    """The first image of ``work`` with a mask, and the labels; none if there is no such image."""
+    shown = labels.filter(pa.compute.is_valid(labels["counts"]))["image_id"]
+    rows = work.filter(pa.compute.is_in(work["image_id"], shown))
+    return [(record, labels) for record in rows.slice(0, 1).to_pylist()]
 
 
 def _picture(task: LabelTask, record: dict[str, Any], labels: pa.Table) -> np.ndarray[Any, np.dtype[np.uint8]]:

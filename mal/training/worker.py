@@ -114,7 +114,7 @@ class Worker:
         torch.manual_seed(self.task.seed)  # the same weights on every rank
         self.stepper = Stepper(spec, initial_model(self.task), self.device, self.workers)
         self.state = checkpoints.resume(self.task, self.stepper.strategy, self.stepper.optimizer, self.stepper.scaler)
-        self.saver = Saver(self.task)
+        self.saver = Saver(self.task, self.state.resumed_from)
         self.agreement = Agreement(dist.new_group(backend="gloo") if several else None, self.rank)
         self.data = training_set(self.task)
         self.sampler = OffsetSampler(
@@ -161,8 +161,9 @@ class Worker:
             self.state.scores = validate(self.task, self.stepper, self.rank, self.events, self.state.global_step)
         self.state.epoch, self.state.offset = epoch + 1, 0
         by_step = train.checkpoint_interval_unit == "step"
-        if last or by_step or self.wish >= Wish.LEAVE or self.state.epoch % train.checkpoint_interval == 0:
+        if last or by_step or self.wish > Wish.GO_ON or self.state.epoch % train.checkpoint_interval == 0:
             self._save()
+        self._forget_saved()
         kpi = {"train_loss": self.state.loss, "waiting_share": waiting_share}
         kpi |= self.state.scores if validated else {}
         self.journal.tell_epoch(epoch + 1, train.num_epochs, self.state.global_step, kpi)
@@ -186,9 +187,15 @@ class Worker:
             self.wish = wish
             self._report()
         by_step = train.checkpoint_interval_unit == "step" and step % train.checkpoint_interval == 0
-        if (self.wish > Wish.GO_ON or by_step) and self.state.offset < len(self.data):
+        if self.state.offset >= len(self.data):
+            return  # what is wished is done at the epoch's end
+        if self.wish > Wish.GO_ON or by_step:
             self._report()  # a loss that is not finite must not be saved
             self._save()
+        self._forget_saved()
+
+    def _forget_saved(self) -> None:
+        """A wish to save is fulfilled by one checkpoint; one to leave or pause stands."""
         self.wish = self.wish if self.wish >= Wish.LEAVE else Wish.GO_ON
 
     def _report(self) -> None:

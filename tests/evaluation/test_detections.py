@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from mal import masks, rows
 from mal.boxes import Window
 from mal.errors import InputError
-from mal.evaluation.detections import FIGURES, average_precision, format_precision
+from mal.evaluation.detections import FIGURES, _figures, average_precision, format_precision
 
 SIDE = 260
 
@@ -61,8 +61,9 @@ def test_figures_are_those_of_pycocotools(files):
     ours = average_precision(truth, [shard])
     for kind in ("bbox", "segm"):
         results = [
-            {k: row[k] for k in ("image_id", "category_id", "bbox", "score")}
-            | ({} if kind == "bbox" else {"segmentation": masks.rle(row["counts"], SIDE, SIDE)})
+            # Of a mask's result pycocotools would take the area of a box that stands beside it.
+            {k: row[k] for k in ("image_id", "category_id", "score")}
+            | ({"bbox": row["bbox"]} if kind == "bbox" else {"segmentation": masks.rle(row["counts"], SIDE, SIDE)})
             for row in found[1:]
         ]
         with contextlib.redirect_stdout(io.StringIO()):
@@ -75,6 +76,28 @@ def test_figures_are_those_of_pycocotools(files):
         assert 0.05 < ours[kind]["AP"] < 0.95
         assert None not in ours[kind].values()
     assert f"{100 * ours['segm']['AP']:.2f}" in format_precision(ours)
+
+
+def test_masks_are_small_medium_or_large_by_their_own_area():
+    """A thin mask in a large box is a small one: a wrong one counts against small objects."""
+    thin, box = np.eye(60, dtype=bool), np.ones((20, 20), dtype=bool)
+    wrong, right = (
+        masks.rle(masks.encode(mask, Window(x, x, x + len(mask), x + len(mask)), SIDE, SIDE), SIDE, SIDE)
+        for mask, x in ((thin, 100), (box, 10))
+    )
+    one = {"image_id": 1, "category_id": 1}
+    truth = {
+        "images": [{"id": 1, "height": SIDE, "width": SIDE}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{**one, "id": 1, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0, "segmentation": right}],
+    }
+    results = [
+        {**one, "bbox": [100, 100, 60, 60], "score": 0.9, "segmentation": wrong},
+        {**one, "bbox": [10, 10, 20, 20], "score": 0.5, "segmentation": right},
+    ]
+    figures = _figures(truth, results, "segm")
+    assert figures["AP"] == figures["AP_small"] == pytest.approx(0.5, abs=0.01)
+    assert _figures(truth, results, "bbox")["AP_small"] == pytest.approx(1.0, abs=0.01)
 
 
 def test_boxes_without_scores_are_refused(files, tmp_path):

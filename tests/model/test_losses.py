@@ -62,6 +62,8 @@ def test_crf_at_another_size() -> None:
     logits, images, box = torch.randn(1, 8, 8), torch.randn(1, 3, 32, 32), torch.ones(1, 32, 32)
     losses = box_losses(logits, logits, images, box, crf=MeanFieldOptions(iterations=1, size_ratio=2.0))
     assert losses.refined.shape == (1, 16, 16)
+    losses = box_losses(logits, logits, images, box, crf=MeanFieldOptions(iterations=1, size_ratio=0.01))
+    assert losses.refined.shape == (1, 1, 1)
 
 
 def _norm(module: torch.nn.Module) -> float:

@@ -43,6 +43,7 @@ def test_a_complete_spec_passes(complete, action):
         ("train.crf_kernel_size=4", "it must be odd"),
         ("train.margin_rate=[1.2,0]", "must not exceed"),
         ("train.mask_thres=[0.1,0.2]", "one value, or three"),
+        ("train.mask_thres=[1.0]", "give values below 1"),
         ("dataset.min_obj_size=1e11", "it must be below max_obj_size"),
         ("train.crf_value_low_thres=0.95", "must be below crf_value_high_thres"),
         ("inference.ann_path=/absent.json", "there is no such file or folder"),

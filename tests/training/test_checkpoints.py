@@ -16,7 +16,7 @@ from tiny_training import cut_blocks, make_batch, save_now, tiny_model
 
 from mal import storage
 from mal.encryption import MAGIC
-from mal.errors import CheckpointError
+from mal.errors import CheckpointError, WrongKeyError
 from mal.model.safe_loading import load_pickle
 from mal.training import checkpoints
 from mal.training.checkpoints import TrainingState, progress, resume
@@ -203,6 +203,63 @@ def test_broken_shards_are_passed_over_with_a_warning(train_task, fault):
     before, _ = _resumed(task)
     for p, q in zip(stepper.model.parameters(), before.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_shards_of_a_step_are_not_written_again_over_the_only_copy(train_task, monkeypatch, whole, resumed):
+    """Before and after validation, or when it is done again: who is killed in between would lose the epoch."""
+    task = train_task()
+    stepper = _stepper(task)
+    monkeypatch.setattr(stepper.strategy, "sharded", True)  # an epoch's file is made from shards
+    stepper.step([make_batch(1, 2)], Moment(0, 1, 30))
+    saver = Saver(task)
+    saver.save(stepper.strategy, stepper.optimizer, stepper.scaler, TrainingState(epoch=0, offset=9, global_step=20))
+    saver.wait()
+    if resumed:
+        _, state = _resumed(task)
+        saver = Saver(task, state.resumed_from)
+    monkeypatch.setattr("mal.training.saving.write_shards", lambda *_: pytest.fail("written again"))
+    state = TrainingState(epoch=1, global_step=20) if whole else TrainingState(epoch=0, offset=9, global_step=20)
+    saver.save(stepper.strategy, stepper.optimizer, stepper.scaler, state)
+    saver.wait()
+    assert progress(task) == ((1, 0) if whole else (0, 9))
+    after, _ = _resumed(task)
+    for p, q in zip(stepper.model.parameters(), after.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_after_going_back_the_new_line_keeps_its_checkpoints_and_the_old_ones_go(train_task):
+    task = train_task()
+    stepper = _stepper(task)
+    for epoch, step in ((999, 31), (1000, 32)):  # in the order of numbers, not of names
+        save_now(task, stepper, TrainingState(epoch=epoch, offset=2, global_step=step))
+    assert len(storage.list_folders(task.folder)) == 2
+    assert progress(task) == (1000, 2)
+    save_now(task, stepper, TrainingState(epoch=1, offset=2, global_step=12))
+    assert storage.list_folders(task.folder) == ["model_epoch_001_step_00000012.dcp"]
+    assert progress(task) == (1, 2)
+
+
+def test_without_the_right_key_nothing_older_is_gone_on_from(train_task, monkeypatch):
+    """It would overwrite the epochs that the key opens."""
+    monkeypatch.delenv("MAL_ENCRYPTION_KEY", raising=False)
+    task = train_task()
+    _saved(task, 1)
+    locked = dataclasses.replace(task, spec=dataclasses.replace(task.spec, encryption_key="open sesame"))
+    save_now(locked, _stepper(locked), TrainingState(epoch=2, global_step=20))
+    wrong = dataclasses.replace(task, spec=dataclasses.replace(task.spec, encryption_key="open rye"))
+    for other in (task, wrong):
+        with pytest.raises(WrongKeyError):
+            _resumed(other)
+    assert _resumed(locked)[1].epoch == 2
+
+
+def test_stages_that_were_frozen_cannot_be_trained_on(train_task):
+    _saved(train_task("model.frozen_stages=[0,1]"), 1)
+    with pytest.raises(CheckpointError, match=r"model.frozen_stages: \[1\] were frozen there"):
+        _resumed(train_task("model.frozen_stages=[0]"))
+    assert _resumed(train_task("model.frozen_stages=[0,1,2]"))[1].epoch == 1
 
 
 def test_what_a_killed_run_left_half_written_is_deleted(train_task):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from tiny_training import cut_blocks, make_batch, save_now, tiny_model, tiny_spec
+from tiny_training import make_batch, run_ranks, save_now, tiny_model, tiny_spec
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from mal.training import checkpoints
@@ -71,31 +68,6 @@ def _go_on(rank: int, workers: int, source: str, kind: str, strategy: str, *over
     assert torch.isfinite(stepper.step([batch], Moment(1, 3, STEPS))).all()
 
 
-def _work(rank: int, workers: int, port: int, jobs: list[tuple]) -> None:
-    """Do ``jobs`` as rank of ``workers``, one after another: what to do, and its arguments."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        cut_blocks(patch)
-        if workers > 1:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            dist.init_process_group("gloo", rank=rank, world_size=workers)
-        for do, *arguments in jobs:
-            do(rank, workers, *arguments)
-        if workers > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-def _on(workers: int, *jobs: tuple) -> None:
-    if workers == 1:
-        _work(0, 1, 0, list(jobs))
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_work, (workers, port, list(jobs)), nprocs=workers, start_method="forkserver")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ddp_fsdp_and_one_worker_agree_and_go_on_from_each_other(tmp_path):
@@ -103,8 +75,8 @@ def test_ddp_fsdp_and_one_worker_agree_and_go_on_from_each_other(tmp_path):
     for folder in folders.values():
         Path(folder).mkdir()
     one, ddp, fsdp, off = folders.values()
-    _on(1, (_train, one, "ddp", STEPS))
-    _on(
+    run_ranks(1, (_train, one, "ddp", STEPS))
+    run_ranks(
         2,
         (_train, ddp, "ddp", STEPS),
         (_train, fsdp, "fsdp", STEPS),
@@ -117,7 +89,7 @@ def test_ddp_fsdp_and_one_worker_agree_and_go_on_from_each_other(tmp_path):
         (_go_on, fsdp, "whole", "ddp"),
         (_go_on, off, "shards", "fsdp"),
     )
-    _on(1, (_go_on, ddp, "shards", "ddp"), (_go_on, fsdp, "shards", "ddp"), (_go_on, fsdp, "whole", "ddp"))
+    run_ranks(1, (_go_on, ddp, "shards", "ddp"), (_go_on, fsdp, "shards", "ddp"), (_go_on, fsdp, "whole", "ddp"))
 
     losses = {name: torch.tensor(json.loads(Path(f, "losses.json").read_text()))[:, 0] for name, f in folders.items()}
     # MIL divides by n + 1e-4: 2 boxes a worker against 4 differ by 2.5e-5 relative.
@@ -150,6 +122,6 @@ def _statistics(rank: int, workers: int, folder: str, strategy: str) -> None:
 
 @pytest.mark.slow
 def test_statistics_of_batch_norms_are_the_same_on_all_workers(tmp_path):
-    _on(2, (_statistics, str(tmp_path), "ddp"), (_statistics, str(tmp_path), "fsdp"))
+    run_ranks(2, (_statistics, str(tmp_path), "ddp"), (_statistics, str(tmp_path), "fsdp"))
     ddp, fsdp = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("ddp", "fsdp"))
     assert all(torch.allclose(fsdp[name].float(), buffer.float(), atol=1e-5) for name, buffer in ddp.items())

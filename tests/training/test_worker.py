@@ -124,6 +124,21 @@ def test_a_pause_saves_within_the_epoch_and_the_rest_is_done_later(make_worker):
         assert torch.equal(tensor, whole[name]), name
 
 
+def test_a_wish_to_save_after_the_last_step_of_an_epoch_is_fulfilled_once(make_worker, monkeypatch):
+    worker = make_worker("drained", "train.checkpoint_interval=2")
+    last = worker.steps_per_epoch
+    monkeypatch.setattr(
+        worker.agreement, "reach", lambda wish: Wish.SAVE if worker.state.global_step == last else Wish.GO_ON
+    )
+    saved, save = [], worker.saver.save
+    monkeypatch.setattr(worker.saver, "save", lambda *a: saved.append(worker.state.global_step) or save(*a))
+    worker.run_epoch()
+    assert saved == [last]
+    assert worker.wish == Wish.GO_ON
+    _finish(worker)
+    assert saved == [last, 2 * last]
+
+
 def test_what_is_left_of_an_epoch_is_what_was_not_done(make_worker):
     worker = make_worker("run")
     everything = [i for _, group in worker._batches() for batch in group for i in batch["id"].tolist()]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 
+import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from mal import architectures
 from mal.model.network import StudentTeacher, build_network
@@ -58,3 +63,28 @@ def make_batch(seed: int, size: int) -> dict[str, torch.Tensor]:
     box_mask[:, 6:27, 4:25] = 1.0
     areas = torch.tensor([500.0, 4000.0, 50000.0, 4000.0])[torch.arange(size) % 4].double()
     return {"image": images, "teacher_image": images + 0.1, "box_mask": box_mask, "area": areas}
+
+
+def run_ranks(workers: int, *jobs: tuple) -> None:
+    """Do ``jobs`` on ``workers`` ranks: functions and their arguments; they are called with rank and workers first."""
+    if workers == 1:
+        _rank(0, 1, 0, list(jobs))
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_rank, (workers, port, list(jobs)), nprocs=workers, start_method="forkserver")
+
+
+def _rank(rank: int, workers: int, port: int, jobs: list[tuple]) -> None:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_blocks(patch)
+        if workers > 1:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            dist.init_process_group("gloo", rank=rank, world_size=workers)
+        for do, *arguments in jobs:
+            do(rank, workers, *arguments)
+        if workers > 1:
+            dist.barrier()
+            dist.destroy_process_group()
