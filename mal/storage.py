@@ -14,8 +14,10 @@ import random
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -52,23 +54,34 @@ def absolute(path: str) -> str:
     return path if local is None else os.path.abspath(local)
 
 
+def _split(path: str) -> tuple[str, str]:
+    """A path, and the query of a URI from its last question mark on; an empty text if there is none."""
+    if not is_remote(path):
+        return path, ""
+    head, question, query = path.rpartition("?")
+    return (head, question + query) if question else (path, "")
+
+
 def join(base: str, *parts: str) -> str:
-    """``base/part/...``; the query of a URI stays at its end."""
-    base, question, query = base.partition("?") if is_remote(base) else (base, "", "")
-    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + question + query
+    """``base/part/...``; the query of a URI stays at its end.
+
+    Parts are names as they are: where one holds a question mark, the end gets another, so that it is no query.
+    """
+    base, query = _split(base)
+    joined = "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+    return joined + (query or ("?" if is_remote(joined) and "?" in joined else ""))
 
 
 def parent(path: str) -> str:
     """The folder that holds ``path``."""
-    head, question, query = path.partition("?") if is_remote(path) else (path, "", "")
+    head, query = _split(path)
     folder = head.rstrip("/").rpartition("/")[0]
-    return (folder or ("/" if head.startswith("/") else ".")) + question + query
+    return (folder or ("/" if head.startswith("/") else ".")) + query
 
 
 def name(path: str) -> str:
     """The last part of ``path``."""
-    head = path.partition("?")[0] if is_remote(path) else path
-    return head.rstrip("/").rpartition("/")[2]
+    return _split(path)[0].rstrip("/").rpartition("/")[2]
 
 
 @functools.lru_cache(maxsize=64)
@@ -96,12 +109,12 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     local = local_path(path)
     if local is not None:
         return pafs.LocalFileSystem(), os.path.abspath(local)
-    scheme, _, rest = path.partition("://")
-    rest, _, query = rest.partition("?")
+    head, query = _split(path)
+    scheme, _, rest = head.partition("://")
     if scheme not in ("s3", "gs"):
         raise StorageError(f"{path}: unknown kind of storage '{scheme}://'; use a local path, s3:// or gs://")
     with _explained(path, "reach"):
-        return _remote_filesystem(scheme, rest.partition("/")[0], query), rest.rstrip("/")
+        return _remote_filesystem(scheme, rest.partition("/")[0], query.removeprefix("?")), rest.rstrip("/")
 
 
 @contextlib.contextmanager
@@ -179,11 +192,15 @@ def open_write(path: str) -> Iterator[BinaryIO]:
     """
     filesystem, inner = resolve(path)
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
-            yield cast(BinaryIO, spool)
+        spool = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))  # noqa: SIM115 - see _upload
+        try:
+            yield spool
             spool.seek(0)
-            with _explained(path, "write"), filesystem.open_output_stream(inner) as out:
-                shutil.copyfileobj(spool, out, 8 * 2**20)
+        except BaseException:
+            spool.close()
+            raise
+        with _explained(path, "write"):
+            _upload(filesystem, inner, spool)
         return
     target = Path(inner)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_PART}")
@@ -197,6 +214,27 @@ def open_write(path: str) -> Iterator[BinaryIO]:
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _upload(filesystem: pafs.FileSystem, inner: str, spool: BinaryIO) -> None:
+    """Upload all of ``spool``, then close it: in a thread, where a signal's exception cannot break in.
+
+    A stream that an exception leaves is closed, and to close is to complete: half an object would stand there as if it
+    were whole. If the wait is interrupted, the upload goes on to its end, or ends with the process and leaves nothing.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            with spool, filesystem.open_output_stream(inner) as out:
+                shutil.copyfileobj(spool, out, 8 * 2**20)
+        except BaseException as error:  # noqa: BLE001 - the thread's outermost frame: it is raised below
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="upload").start()
+    done.result()
 
 
 def write_bytes(path: str, data: bytes) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+import time
 
 import pytest
 
@@ -18,6 +22,21 @@ def test_join_and_its_inverses():
     assert storage.parent(path) == "s3://bucket/x"
     assert storage.name(path) == "y.json"
     assert storage.parent("x.json") == "."
+
+
+def test_a_question_mark_in_a_name_begins_no_query():
+    """An annotation file could send signed requests, and with them a token, to a server of its own choice."""
+    evil = "a.jpg?endpoint_override=127.0.0.1:9&scheme=http"
+    path = storage.join("s3://bucket/images", evil)
+    assert storage.name(path) == evil
+    assert storage.parent(path) in ("s3://bucket/images", "s3://bucket/images?")
+    filesystem, inner = storage.resolve(path)
+    assert inner == f"bucket/images/{evil}"
+    assert filesystem is storage.resolve("s3://bucket/other")[0], "the environment's client, with no option of its own"
+    with_options = storage.join("s3://bucket/x?region=eu-north-1", "photo?size=large.jpg")
+    assert storage.resolve(with_options)[1] == "bucket/x/photo?size=large.jpg"
+    assert storage.resolve(with_options)[0].region == "eu-north-1"
+    assert storage.join("/a", "b?c") == "/a/b?c"
 
 
 def test_written_bytes_come_back(tmp_path):
@@ -93,3 +112,77 @@ def test_whatever_is_read_in_pieces_is_asked_for_again_too(monkeypatch):
     with pytest.raises(StorageError, match="/local/file: cannot read it: curlCode"):
         storage.retried("/local/file", breaks)
     assert len(calls) == 1
+
+
+class Bucket:
+    """An object store that shows an object when its stream is closed, however that comes about."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.blocks: list[int] = []
+        self.at_block = lambda: None
+
+    @contextlib.contextmanager
+    def open_output_stream(self, name):
+        parts = []
+
+        class Stream:
+            def write(_, data):  # noqa: N805
+                parts.append(bytes(data))
+                self.blocks.append(len(data))
+                self.at_block()
+
+        try:
+            yield Stream()
+        finally:
+            self.objects[name] = b"".join(parts)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    made = Bucket()
+    monkeypatch.setattr(storage, "resolve", lambda path: (made, path))
+    return made
+
+
+def test_an_upload_that_a_signal_interrupts_is_whole_or_not_there(bucket, monkeypatch):
+    """Ray ends its workers by a signal that raises SystemExit wherever the main thread is."""
+    data, sent = bytes(20 * 2**20), threading.Event()
+
+    def end(*_):
+        raise SystemExit(1)
+
+    def tell_to_end():
+        if not sent.is_set():
+            sent.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    bucket.at_block = tell_to_end
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(SystemExit):
+            storage.write_bytes("s3://bucket/labels.json", data)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for thread in threading.enumerate():
+        if thread.name == "upload":
+            thread.join()
+    assert len(bucket.blocks) == 3
+    assert bucket.objects == {"s3://bucket/labels.json": data}
+
+
+def test_what_is_interrupted_before_the_upload_is_not_there(bucket):
+    with pytest.raises(KeyboardInterrupt), storage.open_write("s3://bucket/x") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert bucket.objects == {}
+
+
+def test_an_upload_that_fails_says_so(bucket):
+    def fail():
+        raise OSError(28, "out of quota")
+
+    bucket.at_block = fail
+    with pytest.raises(StorageError, match="s3://bucket/x: cannot write it: out of quota"):
+        storage.write_bytes("s3://bucket/x", b"1")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
+import os
 import posixpath
 import re
+import socket
 import struct
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -38,6 +42,17 @@ _DAMAGE: tuple[type[Exception], ...] = (
     *(struct.error, zlib.error),
 )
 """What Pillow's decoders raise on damaged files."""
+
+
+_PAUSES = (0.2, 1.0, 3.0)
+"""Seconds before a local file is tried again after one of the next errors."""
+_DAMAGED_DISK = {errno.EIO, errno.ESTALE}
+"""What stays of these, where the folder can be listed, is the file's own fault."""
+_PASSING = _DAMAGED_DISK | {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO),
+    *(errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
+}
+"""Errors of the machine or its network, which may pass."""
 
 
 class ImageError(MalError):
@@ -89,7 +104,9 @@ def safe_join(img_dir: str, file_name: str) -> str:
     return path
 
 
-def decode(path: str, *, expected: tuple[int, int] | None = None, max_pixels: int) -> NDArray[np.uint8]:
+def decode(
+    path: str, *, expected: tuple[int, int] | None = None, max_pixels: int, folder: str | None = None
+) -> NDArray[np.uint8]:
     """Read an image as RGB.
 
     Greyscale is repeated, palettes are looked up, CMYK and the other colour spaces of Pillow are converted, 16-bit and
@@ -104,6 +121,8 @@ def decode(path: str, *, expected: tuple[int, int] | None = None, max_pixels: in
         path: local or remote.
         expected: (width, height) of the image's record.
         max_pixels: limit on width x height, checked before pixels are decoded.
+        folder: of all images. Where a file cannot be read it is looked at as well: a folder that is not there on this
+            node, or is empty, is no fault of the image.
 
     Returns:
         uint8 [H, W, 3].
@@ -112,7 +131,7 @@ def decode(path: str, *, expected: tuple[int, int] | None = None, max_pixels: in
         ImageError: ``missing_image``, ``unreadable_image``, ``size_differs``, ``too_large``.
         StorageError: the storage fails for another reason.
     """
-    data = _read(path)
+    data = _read(path, folder)
     with _quiet_pillow():
         try:
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
@@ -125,15 +144,43 @@ def decode(path: str, *, expected: tuple[int, int] | None = None, max_pixels: in
             raise ImageError("unreadable_image", f"{path}: {type(error).__name__}: {error}") from None
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, folder: str | None) -> bytes:
+    local = storage.local_path(path) is not None
+    for pause in (*_PAUSES, None):
+        try:
+            return storage.read_bytes(path)
+        except StorageError as error:
+            number = getattr(error.__cause__, "errno", None)
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                _look_at(folder)
+                raise ImageError("missing_image", path) from None
+            if not local:
+                raise  # it was tried again; an object store out of reach is not the image's fault
+            if number in _PASSING and pause is not None:
+                time.sleep(pause)
+                continue
+            _look_at(folder)
+            if number in _PASSING - _DAMAGED_DISK:
+                raise
+            raise ImageError("unreadable_image", str(error)) from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _look_at(folder: str | None) -> None:
+    """Raises StorageError if a local folder of images cannot be listed here, or is empty: a mount that is missing."""
+    local = None if folder is None else storage.local_path(folder)
+    if local is None:
+        return
     try:
-        return storage.read_bytes(path)
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-            raise ImageError("missing_image", path) from None
-        if storage.local_path(path) is None:
-            raise  # an object store out of reach is not the image's fault
-        raise ImageError("unreadable_image", str(error)) from None
+        with os.scandir(local) as entries:
+            reason = "it is empty" if next(entries, None) is None else None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    if reason is not None:
+        raise StorageError(
+            f"{folder}: images cannot be read from this folder on node {socket.gethostname()}: {reason}. Is it mounted "
+            "there? The run can be gone on with when it is"
+        )
 
 
 def _pixels(image: Image.Image, path: str, expected: tuple[int, int] | None, max_pixels: int) -> NDArray[np.uint8]:

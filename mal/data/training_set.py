@@ -222,4 +222,5 @@ class TrainingSet(Dataset[Sample]):
         """The image as RGB ``[H, W, 3]``. Raises images.ImageError and StorageError."""
         path = images.safe_join(self._image_folder, self._boxes.file_names[place].as_py())
         width, height = (int(n) for n in self._boxes.sizes[place])
-        return images.decode(path, expected=(width, height), max_pixels=self._max_image_pixels)
+        expected, folder = (width, height), self._image_folder
+        return images.decode(path, expected=expected, max_pixels=self._max_image_pixels, folder=folder)

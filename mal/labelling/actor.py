@@ -39,7 +39,7 @@ from mal.errors import CheckpointError, ClusterError, MalError, StorageError
 from mal.labelling.attempts import Attempts, one_by_one
 from mal.labelling.decoding import Decode, Images, InThreads, OnNodes, decode_image
 from mal.labelling.shard import label_rows, rejected_rows
-from mal.labelling.task import LabelTask, file_fingerprint
+from mal.labelling.task import LabelTask, Sealed, file_fingerprint
 from mal.labelling.waiting import Waiting
 from mal.model.network import MalNetwork, build_network
 from mal.model.precision import compute_name
@@ -79,11 +79,11 @@ class ShardLabeler:
     `load` and `decode` may be replaced in a subclass: benchmarks have no network or no images, tests bad ones.
     """
 
-    def __init__(self, task: LabelTask) -> None:
-        os.environ.update(task.environment)
-        self.task = task
+    def __init__(self, task: LabelTask | Sealed) -> None:
+        self.task: LabelTask = task.open() if isinstance(task, Sealed) else task
+        os.environ.update(self.task.environment)
         self.waiting = Waiting()
-        self.pool = ThreadPoolExecutor(task.decode_threads, thread_name_prefix="decode")
+        self.pool = ThreadPoolExecutor(self.task.decode_threads, thread_name_prefix="decode")
         self._not_begun: MalError | None = None
         try:
             self._begin()
@@ -240,6 +240,21 @@ def actor_name() -> str:
     return ray.get_runtime_context().get_actor_id() or "" if ray.is_initialized() else ""
 
 
+def _check_fingerprint(task: LabelTask) -> None:
+    """Raises CheckpointError if the checkpoint is not the one that the run was begun with."""
+    if file_fingerprint(task.checkpoint) == task.model_id:
+        return
+    if pretrained.is_built_in(task.checkpoint):
+        raise CheckpointError(
+            "this node's installation has another built-in model than the one that started the run; install the same "
+            "version on all nodes, or give a checkpoint that every node reaches"
+        )
+    raise CheckpointError(
+        f"{task.checkpoint} is no longer what it was when this run began: two models would be mixed. Put the old file "
+        "back, or choose another results_dir; label with a file that training does not replace (model_epoch_NNN.pth)"
+    )
+
+
 def load_predictor(task: LabelTask) -> Predictor:
     """The predictor of a task: network built, weights loaded, on its device.
 
@@ -249,12 +264,8 @@ def load_predictor(task: LabelTask) -> Predictor:
     if not task.use_gpu:
         torch.set_num_threads(task.threads)
     device = torch.device("cuda" if task.use_gpu else "cpu")
-    if pretrained.is_built_in(task.checkpoint) and file_fingerprint(task.checkpoint) != task.model_id:
-        raise CheckpointError(
-            "this node's installation has another built-in model than the one that started the run; install the same "
-            "version on all nodes, or give a checkpoint that every node reaches"
-        )
     checkpoint = read_checkpoint(task.checkpoint, task.encryption_key)
+    _check_fingerprint(task)  # after it was read: what is replaced in between is noticed
     model = dataclasses.replace(task.model, pretrained=False)  # the weights come from the checkpoint
 
     def network(which: Literal["student", "teacher"]) -> MalNetwork:

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mal import storage
 
@@ -38,8 +38,8 @@ class Attempts:
     def begin(cls, path: str, run: str = "") -> Attempts:
         """Read the account, book the death of this run's attempt before, if any, and begin another."""
         account = cls(path, run)
-        if storage.exists(path):
-            saved: dict[str, Any] = json.loads(storage.read_bytes(path))
+        saved = _saved(path)
+        if saved:
             account.attempt = saved["attempt"]
             account.deaths = Counter({int(place): n for place, n in saved["deaths"].items()})
             if saved["run"] != run:  # it ended with its run, by whatever ended that
@@ -76,6 +76,16 @@ class Attempts:
             "announced": self.announced,
         }
         storage.write_bytes(self.path, json.dumps(content).encode())
+
+
+def _saved(path: str) -> dict[str, Any]:
+    """What the account says; empty if there is none, or none that can be read: then counting begins anew."""
+    if not storage.exists(path):
+        return {}
+    try:
+        return cast(dict[str, Any], json.loads(storage.read_bytes(path)))
+    except ValueError:
+        return {}
 
 
 def one_by_one(account: Attempts, count: int, work: Callable[[int], Any]) -> list[Any]:

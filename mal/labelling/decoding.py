@@ -57,7 +57,7 @@ def decode_image(task: LabelTask, record: Record) -> NDArray[np.uint8]:
     """The image of a record, read from ``task.img_dir``. Raises ImageError."""
     path = images.safe_join(task.img_dir, record["file_name"])
     expected = (record["width"], record["height"])
-    return images.decode(path, expected=expected, max_pixels=task.max_image_pixels)
+    return images.decode(path, expected=expected, max_pixels=task.max_image_pixels, folder=task.img_dir)
 
 
 def image_bytes(record: Record) -> int:

@@ -15,7 +15,7 @@ from mal import storage
 from mal.errors import ClusterError, MalError
 from mal.labelling.actor import LEFT, ShardLabeler
 from mal.labelling.figures import LabellingFigures, RayMetrics, live_actors
-from mal.labelling.task import LabelTask
+from mal.labelling.task import LabelTask, Sealed
 from mal.run.cluster import Cluster
 from mal.run.progress import ProgressLine
 from mal.run.room import Need
@@ -141,7 +141,7 @@ def _reports(task: LabelTask, size: PoolSize, todo: list[int], labeler: type[Sha
         labeler,
         batch_format="pyarrow",
         batch_size=1,
-        fn_constructor_args=(task,),
+        fn_constructor_args=(Sealed(task),),
         num_cpus=size.cpus,
         num_gpus=size.gpus or None,
         compute=ActorPoolStrategy(

@@ -8,7 +8,7 @@ from typing import Any
 from mal import pretrained, storage
 from mal.data.index import Index, Summary, build_index, fingerprint, open_index
 from mal.data.index_folder import SUMMARY_FILE
-from mal.errors import MalError
+from mal.errors import InputError, MalError
 from mal.labelling.actor import ShardLabeler
 from mal.labelling.fit import check_checkpoint
 from mal.labelling.pool import label_all, pool_size
@@ -70,6 +70,7 @@ def label_file(
         _tell(status, check_checkpoint(spec, pool))  # before the folder is bound to what may have to be corrected
     claim(folder, keys)
     index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
+    _check_index(index, keys["input"], ann_path)
     stages.done("index")
     total = index.summary.boxes
     shards_folder = storage.join(folder, "shards")
@@ -146,6 +147,16 @@ def _index(spec: Spec, pool: PoolSpec, folder: str, ann_path: str, images_path: 
         shard_boxes=pool.shard_boxes,
         max_image_pixels=spec.dataset.max_image_pixels,
         progress=lambda line: print(line, flush=True),
+    )
+
+
+def _check_index(index: Index, wanted: str, ann_path: str) -> None:
+    """Raises InputError if the index is of another content than the folder is bound to."""
+    if index.summary.fingerprint == wanted:
+        return
+    storage.delete(index.folder)
+    raise InputError(
+        f"{ann_path} changed while it was read; when it is complete, run again with another results_dir, or delete this"
     )
 
 

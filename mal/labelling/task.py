@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import pickle
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mal import pretrained, storage
 from mal.model.losses import MeanFieldOptions
@@ -99,6 +100,22 @@ def missing_shards(shards_folder: str, shards: int) -> list[int]:
     """Numbers of the shards whose file is not there yet."""
     present = set(storage.list_files(shards_folder))
     return [shard for shard in range(shards) if shard_name(shard) not in present]
+
+
+class Sealed:
+    """A task on its way to an actor, without fields and with nothing in its ``repr``.
+
+    Ray Data copies the fields of a dataclass, secrets too, into what it tells of a run.
+    """
+
+    def __init__(self, task: LabelTask) -> None:
+        self._content = pickle.dumps(task)
+
+    def __repr__(self) -> str:
+        return "Sealed(LabelTask)"
+
+    def open(self) -> LabelTask:
+        return cast(LabelTask, pickle.loads(self._content))
 
 
 def make_task(

@@ -13,6 +13,7 @@ from typing import Literal
 from mal import storage
 from mal.errors import MalError, RunPausedError
 from mal.run import pause
+from mal.run.lease import held
 
 State = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE", "SKIPPED"]
 _VERBOSITY = {"STARTED": "INFO", "RUNNING": "INFO", "SUCCESS": "INFO", "SKIPPED": "WARNING", "FAILURE": "ERROR"}
@@ -44,12 +45,23 @@ def task_status(folder: str, task: str) -> Iterator[StatusLog]:
     """STARTED on entry; FAILURE on whatever leaves the block by an exception, Ctrl-C included; SKIPPED on a pause.
 
     The block itself writes SUCCESS, with its figures.
+
+    Raises:
+        RunMismatchError: on entry, if another run is at work in the folder; nothing is written then.
     """
     log = StatusLog(folder)
-    pause.forget_earlier(folder)
-    log.write("STARTED", f"{task} started")
+    with held(folder):
+        pause.forget_earlier(folder)
+        log.write("STARTED", f"{task} started")
+        with _ending(log, task):
+            yield log
+
+
+@contextlib.contextmanager
+def _ending(log: StatusLog, task: str) -> Iterator[None]:
+    """Writes how the block ended, if it is by an exception."""
     try:
-        yield log
+        yield
     except RunPausedError as error:
         log.write("SKIPPED", f"{task} {error}")
         raise

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import pickle
 import warnings
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mal import storage
+from mal.data import images
 from mal.data.images import ImageError, decode, leaves_folder, safe_join
 from mal.errors import StorageError
 
@@ -229,3 +232,49 @@ def test_links_may_not_leave_the_folder(tmp_path):
     assert safe_join(str(folder), "inside.png").endswith("inside.png")
     (tmp_path / "other").symlink_to(folder)
     assert safe_join(str(tmp_path / "other"), "real.png")  # the folder itself may be a link
+
+
+def test_a_folder_that_is_not_mounted_is_no_fault_of_its_images(tmp_path):
+    """Else one node without the mount would reject its share of all boxes, and no later run would make up for it."""
+    absent, empty, there = tmp_path / "absent", tmp_path / "empty", tmp_path / "there"
+    empty.mkdir()
+    there.mkdir()
+    (there / "other.png").touch()
+    for folder, reason in ((absent, "No such file or directory"), (empty, "it is empty")):
+        with pytest.raises(StorageError, match=f"{folder}: images cannot be read .* on node .*: {reason}"):
+            decode(str(folder / "x.png"), max_pixels=LIMIT, folder=str(folder))
+    assert code(there / "x.png", folder=str(there)) == "missing_image"
+
+
+@pytest.mark.parametrize(
+    ("number", "lasts", "outcome"),
+    [
+        (errno.EIO, 2, "read"),  # it passes
+        (errno.ESTALE, 99, "unreadable_image"),  # it stays, though the folder can be listed: the file's own
+        (errno.EMFILE, 99, "stops"),
+        (errno.ETIMEDOUT, 99, "stops"),
+        (errno.EACCES, 99, "unreadable_image"),
+    ],
+)
+def test_errors_of_the_machine_are_tried_again_and_reject_nothing(tmp_path, monkeypatch, number, lasts, outcome):
+    path = save(tmp_path, Image.fromarray(PIXELS))
+    read, tries, pauses = storage.read_bytes, [], []
+
+    def fails(name):
+        tries.append(name)
+        if len(tries) <= lasts:
+            raise StorageError(f"{name}: cannot read it") from OSError(number, "an error")
+        return read(name)
+
+    monkeypatch.setattr(storage, "read_bytes", fails)
+    monkeypatch.setattr(images.time, "sleep", pauses.append)
+    if outcome == "read":
+        np.testing.assert_array_equal(decode(path, max_pixels=LIMIT, folder=str(tmp_path)), PIXELS)
+        assert len(pauses) == lasts
+    elif outcome == "stops":
+        with pytest.raises(StorageError):
+            decode(path, max_pixels=LIMIT, folder=str(tmp_path))
+        assert len(pauses) == 3
+    else:
+        assert code(path, folder=str(tmp_path)) == outcome
+        assert len(pauses) == (0 if number == errno.EACCES else 3)

@@ -68,3 +68,10 @@ def test_attempts_that_ended_with_their_run_blame_nobody(tmp_path):
         account.announce(3)
     account = Attempts.begin(path, "d")  # and now only an actor
     assert (account.attempt, account.deaths) == (2, {3: 1})
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run": "a", "att'])
+def test_an_account_that_cannot_be_read_begins_anew(tmp_path, content):
+    path = tmp_path / "part.json"
+    path.write_bytes(content)
+    assert Attempts.begin(str(path), "run").attempt == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,14 +70,19 @@ def test_names_that_differ_are_an_error_unless_strict_is_false(pair, tmp_path):
 
 def test_strict_false_labels_with_what_fits(pair, tmp_path):
     from mal.labelling.actor import load_predictor
-    from mal.labelling.task import make_task
+    from mal.labelling.task import file_fingerprint, make_task
 
     state = {key: value for key, value in pair.items() if key != "student.roi_head.mlp2.bias"}
     spec = spec_of(saved(state, tmp_path), "model.strict=false")
     paths = {"folder": "f", "img_dir": "x", "checkpoint": spec.inference.checkpoint}
-    task = make_task(spec, spec.inference, **paths, model_id="m", load_mask=False, gpu=False)
+    content = file_fingerprint(str(spec.inference.checkpoint))
+    task = make_task(spec, spec.inference, **paths, model_id=content, load_mask=False, gpu=False)
     (network,) = load_predictor(task).networks
     assert torch.equal(network.roi_head.mlp1.weight, pair["student.roi_head.mlp1.weight"])
+    with Path(str(spec.inference.checkpoint)).open("ab") as file:  # training goes on and replaces it, say
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="no longer what it was when this run began"):
+        load_predictor(task)
 
 
 @pytest.mark.parametrize("name", ["timm/convnext_atto", "timm/swin_tiny_patch4_window7_224", "timm/resnet18"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 
-from mal.labelling.task import result_keys
+from mal.labelling.task import Sealed, make_task, result_keys
 from mal.spec.load import load_spec
 from mal.spec.schema import InferenceSpec
 
@@ -62,3 +63,18 @@ def test_keys_that_change_the_rows(key):
 def test_every_key_is_one_or_the_other():
     names = {field.name for field in dataclasses.fields(InferenceSpec)}
     assert names == set(FREE) | set(BOUND) | BY_CONTENT
+
+
+def test_a_task_on_its_way_to_an_actor_shows_no_secret(monkeypatch):
+    """Ray Data writes the constructor's arguments of a pool into what it tells of a run."""
+    from ray.data._internal.metadata_exporter import sanitize_for_struct
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-of-s3")
+    spec = load_spec(None, ["encryption_key=s3cr3t-of-weights"])
+    own = {"folder": "f", "img_dir": "s3://b/x", "checkpoint": "c", "model_id": "m"}
+    task = make_task(spec, spec.inference, **own, load_mask=False, gpu=False)
+    assert "s3cr3t" in str(sanitize_for_struct(task)), "what is looked for would show"
+    sealed = Sealed(task)
+    assert "s3cr3t" not in str(sanitize_for_struct({"args": (sealed,)}))
+    assert "s3cr3t" not in repr(sealed)
+    assert pickle.loads(pickle.dumps(sealed)).open() == task

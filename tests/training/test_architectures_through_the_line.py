@@ -19,7 +19,7 @@ from mal import architectures, masks, metrics, rows
 from mal.architectures import ARCHITECTURES
 from mal.labelling.actor import load_predictor
 from mal.labelling.shard import label_rows
-from mal.labelling.task import make_task
+from mal.labelling.task import file_fingerprint, make_task
 from mal.training.checkpoints import TrainingState, resume
 from mal.training.step import Moment, Stepper
 
@@ -73,7 +73,7 @@ def test_through_the_line(name, train_task, tmp_path):
 
     pool = task.spec.evaluate
     paths = {"folder": str(tmp_path), "img_dir": str(tmp_path), "checkpoint": path}
-    label = make_task(task.spec, pool, **paths, model_id="m", load_mask=True, gpu=False)
+    label = make_task(task.spec, pool, **paths, model_id=file_fingerprint(path), load_mask=True, gpu=False)
     with ThreadPoolExecutor(1) as threads:
         labels = label_rows(label, load_predictor(label), threads, _index(tmp_path)).to_pylist()
     scores = metrics.MaskScores()
