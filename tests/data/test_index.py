@@ -196,9 +196,9 @@ def test_half_a_character_elsewhere_costs_nothing(tmp_path):
 
 
 def test_a_category_whose_id_is_beyond_all_bounds_counts_for_nothing(tmp_path):
-    text = json.dumps({"images": IMAGES, "annotations": [box(1)], "categories": [{"id": "#", "name": "x"}, *CATEGORIES]})
-    (tmp_path / "in.json").write_text(text.replace('"#"', "1" * 5000))
-    index = build_index(str(tmp_path / "in.json"), str(tmp_path / "index"))
+    path = write(tmp_path, [box(1)], categories=[{"id": "#", "name": "x"}, *CATEGORIES])
+    (tmp_path / "in.json").write_text((tmp_path / "in.json").read_text().replace('"#"', "1" * 5000))
+    index = build_index(path, str(tmp_path / "index"))
     assert (index.summary.categories, index.summary.boxes) == ({3: "cat"}, 1)
 
 
