@@ -136,6 +136,16 @@ def test_low_quality_is_dropped_and_counted(merged):
     assert booked[12]["outcome"] == "rejected"
 
 
+def test_a_reason_of_several_lines_is_counted_under_its_code(tmp_path):
+    wrong = {"id": "a\nb: c", "image_id": 1, "category_id": 1, "bbox": [0, 0, 8, 6]}
+    (tmp_path / "in.json").write_text(json.dumps({"images": [], "annotations": [wrong], "categories": []}))
+    index = build_index(str(tmp_path / "in.json"), str(tmp_path / "index"))
+    counts = merge(index, [], str(tmp_path / "labels.json"), str(tmp_path / "ledger.parquet"))
+    assert counts.rejected == index.summary.rejected == {"bad_id": 1}
+    (booked,) = pq.read_table(tmp_path / "ledger.parquet").to_pylist()
+    assert booked["reason"] == "bad_id: a\nb: c"
+
+
 def test_a_quality_at_the_limit_is_not_low(merged):
     found, *_ = merged(min_quality=0.9)  # 0.9 in float32 is not 0.9 in float64
     assert "low_quality" not in found[10]
