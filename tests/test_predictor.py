@@ -115,6 +115,9 @@ def test_stability_is_the_share_of_pixels_that_another_threshold_keeps() -> None
     assert steep.stability > 0.9
     (empty,) = Predictor(Fixed(ramp - 9), **options).predict([item])
     assert (empty.area, empty.stability) == (0, 0.0)
+    options["mask_threshold"] = (0.0,)  # every pixel is in the mask, and none above the laxer threshold
+    (faint,) = Predictor(Fixed(ramp - 20), **options).predict([item])
+    assert (faint.area, faint.stability) == (96 * 96, 0.0)
 
 
 def test_agreement_of_opinions() -> None:

@@ -98,6 +98,8 @@ def test_rows_of_a_small_file(tmp_path):
     [
         ((1, 1, 0, 5), "empty_box: [1, 1, 0, 5]"),
         ((1, 1, 5, -2), "empty_box: [1, 1, 5, -2]"),
+        ((0, 0, 1e-200, 1e-200), "empty_box: [0, 0, 9.9999999999999998e-201, 9.9999999999999998e-201]"),  # no area
+        ((-5, 0, 5 + 1e-15, 1e-315), "empty_box"),  # no area within the image
         ((100, 1, 5, 5), "outside: [100, 1, 5, 5] in an image of 100 x 50 pixels"),
         ((-5, 1, 5, 5), "outside"),
         ((1e6, 1e6, 5, 5), "outside"),
