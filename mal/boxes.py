@@ -69,7 +69,7 @@ def overlaps(boxes: Sequence[Box]) -> list[float]:
         common = np.minimum(corners[:, 2:], box[2:]) - np.maximum(corners[:, :2], box[:2])
         shared = np.maximum(common[:, 0], 0.0) * np.maximum(common[:, 1], 0.0)
         shared[shared > SAME_OBJECT * (areas + areas[i] - shared)] = 0.0  # the box itself, too
-        found.append(float(shared.max() / areas[i]))
+        found.append(float(shared.max() / areas[i]) if areas[i] else 0.0)
     return found
 
 
@@ -79,10 +79,14 @@ def to_xywh(box: Box) -> list[float]:
 
 
 def clip(box: Box, width: int, height: int) -> Box | None:
-    """The part of ``box`` inside an image of ``width`` x ``height`` pixels; None if there is none."""
+    """The part of ``box`` inside an image of ``width`` x ``height`` pixels; None if there is none.
+
+    A part so small that its area is 0 in double precision is none.
+    """
     x0, y0 = max(box.x0, 0.0), max(box.y0, 0.0)
     x1, y1 = min(box.x1, float(width)), min(box.y1, float(height))
-    return Box(x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+    inside = Box(x0, y0, x1, y1)
+    return inside if x1 > x0 and y1 > y0 and area(inside) > 0 else None
 
 
 def area(box: Box) -> float:

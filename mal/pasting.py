@@ -199,5 +199,7 @@ def _encode(
         start = stop
         count = int(np.count_nonzero(mask))
         counts, bounds = masks.encode_bounded(mask, pixels, place.height, place.width)
-        mean, stability = (total / count, strict / lax) if count else (0.0, 0.0)
+        mean = total / count if count else 0.0
+        # Of a threshold near 0 the "laxer" one is above it: there may be a mask without a pixel that is above both.
+        stability = strict / lax if count and lax else 0.0
         yield MaskResult(counts, count, mean, stability, bounds)

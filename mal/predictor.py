@@ -210,13 +210,14 @@ class Predictor:
         for item in items:
             assert item.image.dtype == np.uint8, item.image.dtype
             assert item.image.ndim == 3, item.image.shape
-        pixels = [crops.cut(item.image, window) for item, window in zip(items, windows, strict=True)]
+        pixels = (crops.cut(item.image, window) for item, window in zip(items, windows, strict=True))
         images = torch.empty(len(items), 3, size, size, device=self.device)
         if images.device.type == "cpu":
+            # One after the other: windows that wrap around are copies, each of them as large as its image.
             for image, source in zip(images, pixels, strict=True):
                 resize_normalised(source, size, image.numpy())
         else:
-            _resize_into(images, pixels)
+            _resize_into(images, list(pixels))
             _normalise(images)
         placements = []
         for item, window, band in zip(items, windows, band_index(areas), strict=True):

@@ -57,7 +57,12 @@ class Evidence(NamedTuple):
 
 def tightness(mask: Window | None, box: Box) -> float:
     """How tightly a mask with these bounds fills its box, 0..1."""
-    return 0.0 if mask is None else min(1.0, mask.width * mask.height / area(box))
+    return 0.0 if mask is None else _share(mask.width * mask.height, box)
+
+
+def _share(pixels: int, box: Box) -> float:
+    """``pixels`` over the area of the box, at most 1: that area may be 0 in double precision."""
+    return pixels / area(box) if pixels < area(box) else float(pixels > 0)
 
 
 def evidence(
@@ -75,9 +80,9 @@ def evidence(
         mean_probability=mean_probability,
         stability=stability,
         tightness=tightness,
-        fill=min(1.0, mask_area / area(box)),
+        fill=_share(mask_area, box),
         size=area(box) ** 0.5,
-        elongation=abs(math.log2((box.x1 - box.x0) / (box.y1 - box.y0))),
+        elongation=abs(math.log2(box.x1 - box.x0) - math.log2(box.y1 - box.y0)),
         overlap=overlap,
         agreement=math.nan if agreement is None else agreement,
     )

@@ -91,7 +91,7 @@ REASONS = {
     "bad_category": "the category_id is missing or not an integer",
     "bad_bbox": "the bbox is missing or not a list of four numbers",
     "not_finite": "the bbox holds NaN or an infinite number",
-    "empty_box": "a side of the bbox is zero or negative",
+    "empty_box": "a side of the bbox, or its area, is zero or negative",
     "outside": "the bbox does not overlap its image",
     "bad_image_record": "the image's record lacks a usable file_name, width or height",
     "unsafe_path": "the image's file_name leaves the image folder",

@@ -30,6 +30,12 @@ def test_a_clipped_box_lies_in_its_image_and_is_clipped_once(x, y, w, h):
     assert boxes.clip(inside, 100, 80) == inside
 
 
+def test_a_box_without_an_area_in_double_precision_is_none():
+    tiny = Box(0.0, 0.0, 1e-200, 1e-200)
+    assert boxes.clip(tiny, 100, 80) is None
+    assert boxes.overlaps([tiny, Box(0.0, 0.0, 5.0, 5.0)]) == [0.0, 0.0]
+
+
 def test_every_area_has_one_band_the_borders_the_lower():
     areas = [0.0, 1024.0, 1024.1, 9216.0, 9216.1, 1e12]
     assert [boxes.band(a) for a in areas] == ["small", "small", "medium", "medium", "large", "large"]

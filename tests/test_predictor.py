@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,9 @@ def test_stability_is_the_share_of_pixels_that_another_threshold_keeps() -> None
     assert steep.stability > 0.9
     (empty,) = Predictor(Fixed(ramp - 9), **options).predict([item])
     assert (empty.area, empty.stability) == (0, 0.0)
+    options["mask_threshold"] = (0.0,)  # every pixel is in the mask, and none above the laxer threshold
+    (faint,) = Predictor(Fixed(ramp - 20), **options).predict([item])
+    assert (faint.area, faint.stability) == (96 * 96, 0.0)
 
 
 def test_agreement_of_opinions() -> None:
@@ -216,6 +220,21 @@ def test_crops_are_pillows(size: int) -> None:
         plain = crops.resize(crops.cut(item.image, boxes.central_window(item.box)), size)
         np.testing.assert_allclose(pixels, plain, atol=1e-4)
     assert batch.areas.tolist() == [boxes.area(item.box) for item in items]
+
+
+def test_windows_that_wrap_around_are_held_one_at_a_time() -> None:
+    """They are copies: together those of a full batch of 12-megapixel images would be gigabytes."""
+    items = [BoxItem(photograph(500, 600), Box(0, 0, 600, 500))] * 8
+    window = boxes.central_window(items[0].box)
+    prepare = Predictor(Brightness(), crop_size=SIZE).prepare
+    prepare(items[:1])  # compiles the resize, if it can be
+    tracemalloc.start()
+    try:
+        prepare(items)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 3 * (3 * window.width * window.height)
 
 
 @pytest.mark.parametrize("largest", [0, 5000, predictor.LARGEST_UPLOAD])

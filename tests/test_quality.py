@@ -51,6 +51,17 @@ def test_evidence_of_a_mask():
     assert np.isnan(evidence(box, 200, 0.5, **known, agreement=None).agreement)
 
 
+@pytest.mark.parametrize(
+    "box", [Box(0, 0, 1e-200, 1e-200), Box(0, 0, 5.0, 1e-320), Box(0, 0, 1e-320, 5.0), Box(0, 0, 5e-324, 5e-324)]
+)
+def test_evidence_of_boxes_without_an_area_to_speak_of(box):
+    tight = tightness(Window(0, 0, 1, 1), box)
+    found = evidence(box, 1, tight, mean_probability=0.5, stability=0.5, overlap=0.0, agreement=0.5)
+    assert (found.tightness, found.fill) == (1.0, 1.0)
+    assert np.isfinite(found).all()
+    assert evidence(box, 0, 0.0, mean_probability=0.0, stability=0.0, overlap=0.0, agreement=None).fill == 0.0
+
+
 def test_calibration_beats_its_parts_on_boxes_it_has_not_seen():
     known, ious, images = simulated(600)
     found = judge(cross_validated(known, ious, images), ious)

@@ -45,12 +45,15 @@ def check(chunk: Annotations, images: ImageTable) -> Checked:
     for row in np.flatnonzero(open_ & np.isin(rank, images.problem_ranks)).tolist():
         rejected[row] = images.problems[int(rank[row])]
         open_[row] = False
-    with np.errstate(over="ignore", invalid="ignore"):
-        corners = np.concatenate([chunk.bbox[:, :2], chunk.bbox[:, :2] + chunk.bbox[:, 2:]], axis=1)
     sizes = np.stack([images.width[rank], images.height[rank]], axis=1) if len(images) else np.zeros((len(chunk), 2))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        corners = np.concatenate([chunk.bbox[:, :2], chunk.bbox[:, :2] + chunk.bbox[:, 2:]], axis=1)
+        inside = np.minimum(corners[:, 2:], sizes) - np.maximum(corners[:, :2], 0)
+        # Sides so small that their product is 0 in double precision.
+        no_area = (inside > 0).all(axis=1) & (inside[:, 0] * inside[:, 1] == 0)
     reject(np.logical_not(np.isfinite(corners)).any(axis=1), "not_finite")
-    reject((chunk.bbox[:, 2:] <= 0).any(axis=1), "empty_box")
-    reject((np.minimum(corners[:, 2:], sizes) <= np.maximum(corners[:, :2], 0)).any(axis=1), "outside")
+    reject((chunk.bbox[:, 2:] <= 0).any(axis=1) | no_area, "empty_box")
+    reject((inside <= 0).any(axis=1), "outside")
     good = np.flatnonzero(open_)
     leaves: Any = np.concatenate([corners[:, :2] < 0, corners[:, 2:] > sizes], axis=1).any(axis=1)
     return Checked(good, rank[good], leaves[good], rejected)

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mal.data.json_buffer import dump, parse, strict, value_length
+from mal.data.json_buffer import dump, parse, strict, value_length, whole_characters
 from mal.data.json_stream import Element
 
 NO_ID = -(2**63)
@@ -76,7 +76,7 @@ def reason(code: str, value: object = None) -> str:
     """``code`` or ``code: detail``, the detail shortened."""
     if value is None:
         return code
-    detail = value if isinstance(value, str) else dump(value).decode()
+    detail = whole_characters(value) if isinstance(value, str) else dump(value).decode()
     return f"{code}: {detail if len(detail) <= _DETAIL_CHARACTERS else detail[:_DETAIL_CHARACTERS] + '...'}"
 
 

@@ -20,7 +20,7 @@ from mal.data.coco import AnnotationDecoder, as_integer
 from mal.data.image_table import ImageDecoder, ImageTable
 from mal.data.index_folder import FORMAT, REST_FILE, SUMMARY_FILE, Index, Options, Summary, open_index
 from mal.data.intake import Counts, Intake
-from mal.data.json_buffer import CHUNK_BYTES, dump, strict
+from mal.data.json_buffer import CHUNK_BYTES, dump, parse, strict, whole_characters
 from mal.data.json_stream import Element, JsonFile, Member, TextDecoder
 from mal.errors import InputError
 
@@ -245,7 +245,11 @@ class _Input:
 
 def _categories(text: bytes) -> dict[int, str]:
     """Names by id; records that are not usable count for nothing (their boxes are labelled all the same)."""
-    records = msgspec.json.decode(text)
+    try:
+        records = msgspec.json.decode(text)
+    except msgspec.DecodeError:  # half a character, or an integer beyond all bounds: costs no more than its category
+        records = parse(text, 0)
     usable = [r for r in records if isinstance(r, dict)] if isinstance(records, list) else []
     pairs = [(as_integer(record.get("id")), record.get("name")) for record in usable]
-    return {number: name if isinstance(name, str) else "" for number, name in pairs if number is not None}
+    names = [(number, whole_characters(name) if isinstance(name, str) else "") for number, name in pairs]
+    return {number: name for number, name in names if number is not None}

@@ -273,6 +273,11 @@ def dump(value: Any) -> bytes:
         return json.dumps(_finite(value)).encode()
 
 
+def whole_characters(text: str) -> str:
+    """The text with lone surrogates, halves of characters that JSON can spell and UTF-8 cannot, as ``\\ud800``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _integer(digits: str) -> int | float:
     """Python refuses to read integers of thousands of digits; they are infinite for every purpose here."""
     return int(digits) if len(digits) <= _INTEGER_DIGITS else math.copysign(math.inf, -1 if digits[0] == "-" else 1)

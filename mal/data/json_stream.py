@@ -21,6 +21,7 @@ from mal.data.json_buffer import (
     NO_END,
     JsonBuffer,
     end_before_trailing,
+    parse,
     space_end,
     strict,
     value_end,
@@ -136,10 +137,10 @@ class JsonFile(JsonBuffer):
         return self.skip_space() == END_OF_FILE
 
     def _decoded_key(self, text: bytes, position: int) -> str:
-        try:
-            return msgspec.json.decode(text, type=str)
-        except msgspec.DecodeError as error:
-            raise self.fail(f"a member's name is not a JSON string ({error})", position) from None
+        with self.located():
+            key = parse(text, position)
+        assert isinstance(key, str)  # it begins with a quote
+        return key
 
     def _member(self, key: str | None) -> Iterator[Member]:
         first = self.skip_space()

@@ -6,6 +6,7 @@ by one.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mal.data.json_buffer import dump
 from mal.polygons import to_polygons
 
-_STALE = ("quality", "low_quality")
-"""Of an earlier labelling, whose output is the input now."""
-_OWN = (*("id", "image_id", "category_id", "bbox", "iscrowd", "area", "segmentation", "score", "iou"), *_STALE)
-_CLASH = r'"(' + "|".join(_OWN) + r')"|\\u'
+_OWN = ("id", "image_id", "category_id", "bbox", "iscrowd", "area", "segmentation", "score", "iou")
+_QUALITY = ("quality", "low_quality")
+"""Ours only if they are asked for, else the input's own."""
+_CLASH = r'"(' + "|".join((*_OWN, *_QUALITY)) + r')"|\\u'
 """Carried fields of which one may have one of our names; an escaped letter may spell anything."""
 
 
@@ -35,6 +37,12 @@ class OutputOptions:
     """Leave masks below ``min_quality`` out, instead of marking them."""
     per_shard: bool = False
     """A COCO file per shard, instead of one."""
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Fields that are ours where they are written at all: the input's own would be taken for them."""
+        marked = self.min_quality > 0 and not self.drop_low_quality
+        return (*(("quality",) if self.dump_quality else ()), *(("low_quality",) if marked else ()))
 
 
 def annotation_texts(table: pa.Table, options: OutputOptions) -> pa.Array:
@@ -54,7 +62,7 @@ def annotation_texts(table: pa.Table, options: OutputOptions) -> pa.Array:
         return texts
     values = texts.to_pylist()
     for row in np.flatnonzero(clash.to_numpy(zero_copy_only=False)).tolist():
-        values[row] = _by_hand(carried[row].as_py(), "{" + own[row].as_py() + "}")
+        values[row] = _by_hand(carried[row].as_py(), "{" + own[row].as_py() + "}", options.replaced)
     return pa.array(values, pa.large_string())
 
 
@@ -91,12 +99,17 @@ def _segmentations(column: dict[str, pa.Array], number: dict[str, pa.Array], opt
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def _by_hand(carried: str, own: str) -> str:
-    """The carried fields, then our own, which take the place of those of the same name."""
-    fields: dict[str, Any] = _decode(carried)
-    for stale in _STALE:
-        fields.pop(stale, None)
-    return msgspec.json.encode({**fields, **_decode(own)}).decode()
+def _by_hand(carried: str, own: str, replaced: tuple[str, ...]) -> str:
+    """The carried fields but those that are ``replaced``, then our own instead of those of the same name."""
+    decode: Any = _decode
+    encode: Any = msgspec.json.encode
+    try:
+        fields = decode(carried)
+    except msgspec.DecodeError:  # half a character, which only Python's json knows
+        decode, encode = json.loads, dump
+        fields = decode(carried)
+    text: bytes = encode({name: fields[name] for name in fields if name not in replaced} | decode(own))
+    return text.decode()
 
 
 def _number(values: pa.Array) -> pa.Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +18,11 @@ import pyarrow.parquet as pq
 from mal import rows, storage
 from mal.data.index import Index
 from mal.data.json_stream import JsonFile
+from mal.errors import MalError
 from mal.inference.annotations import OutputOptions, annotation_texts, joined
 
-_BLOCK = 8 * 2**20
+COPIED_BYTES = 8 * 2**20
+"""How much of the rest of the input is copied at a time."""
 _ROWS = 8192
 _READ_AHEAD = 4
 _COLUMNS = [name for name in rows.LABELS.names if name not in ("file_name", "model", "boundary_iou", "overlap")]
@@ -85,7 +86,7 @@ def _judged_and_booked(
 
 def _write_one(index: Index, labelled: Iterable[pa.Table], path: str, options: OutputOptions) -> None:
     with _open_labels(path) as out:
-        items = _open_annotations(index, out)
+        items = open_annotations(index.rest_path, out)
         for table in labelled:
             items.write(annotation_texts(table, options))
         _write_kept(index, items)
@@ -105,7 +106,7 @@ def _write_files(index: Index, labelled: Iterable[pa.Table], path: str, options:
             _Items(out).write(annotation_texts(table, options))
             out.write(b"\n]}\n")
     with _open_labels(storage.join(folder, f"rest{ending}")) as out:
-        _write_kept(index, _open_annotations(index, out))
+        _write_kept(index, open_annotations(index.rest_path, out))
         out.write(b"\n]}\n")
 
 
@@ -139,16 +140,18 @@ def _open_labels(path: str) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, packed)
 
 
-def _open_annotations(index: Index, out: BinaryIO) -> _Items:
-    """Begin a file with everything but the annotations."""
-    with storage.open_read(index.rest_path) as source:
-        left = source.size()
-        empty = source.size() < 16 and not json.loads(source.read())
-        source.seek(0)
-        while left > 0:
-            block = source.read(min(_BLOCK, left))
-            left -= len(block)
-            out.write(block if left else block.rstrip().removesuffix(b"}"))
+def open_annotations(rest_path: str, out: BinaryIO) -> _Items:
+    """Begin a file with everything but the annotations: the object in ``rest_path``, left open."""
+    held, copied = b"", 0  # the end of the object may lie blocks before the end of the file: only space follows it
+    with storage.open_read(rest_path) as source:
+        while block := source.read(COPIED_BYTES):
+            held += block
+            last = max(len(held.rstrip()) - 1, 0)
+            out.write(held[:last])
+            held, copied = held[last:], copied + last
+    if held.rstrip() != b"}":
+        raise MalError(f"{rest_path} is cut off; delete the index it is in and run again")
+    empty = copied == 1  # nothing but the bracket
     out.write(b'"annotations": [' if empty else b',\n"annotations": [')
     return _Items(out)
 
@@ -236,7 +239,7 @@ def _ledger_rows(labels: pa.Table) -> pa.Table:
 
 def _booked(table: pa.Table, counts: MergeCounts) -> pa.Table:
     """``table`` (rows.LEDGER), after its outcomes were counted."""
-    codes = pa.compute.replace_substring_regex(table["reason"], ":.*", "")
+    codes = pa.compute.replace_substring_regex(table["reason"], "(?s):.*", "")
     pairs = pa.table({"outcome": table["outcome"], "code": codes}).group_by(["outcome", "code"])
     for pair in pairs.aggregate([([], "count_all")]).to_pylist():
         outcome, code, number = pair["outcome"], pair["code"], pair["count_all"]

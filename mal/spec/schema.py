@@ -279,11 +279,11 @@ class InferenceSpec(PoolSpec):
     mask_format: str = key("rle", choices=("rle", "polygon"))
     """How masks are written into the COCO file: run-length encoded, or as polygons that agree at IoU 0.99 and more."""
     dump_quality: bool = False
-    """Write the estimate of each mask's IoU into the COCO file, as `quality`."""
+    """Write the estimate of each mask's IoU into the COCO file, as `quality`, instead of the input's own."""
     min_quality: float = key(0.0, low=0, high=1)
     """Masks of lower quality are marked or dropped, and counted in the ledger; 0: none."""
     low_quality: str = key("mark", choices=("mark", "drop"))
-    """What happens to them: `"low_quality": true` in the COCO file, or left out of it."""
+    """What happens to them: `"low_quality": true` in the COCO file (the input's own go), or left out of it."""
 
 
 @dataclass(frozen=True, slots=True)

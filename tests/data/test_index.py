@@ -29,7 +29,7 @@ def box(number, bbox=(1, 1, 5, 5), image_id=1, **more):
 
 def write(tmp_path, annotations, images=IMAGES, name="in.json", **more):
     path = tmp_path / name
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES, **more}))
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES} | more))
     return str(path)
 
 
@@ -98,6 +98,8 @@ def test_rows_of_a_small_file(tmp_path):
     [
         ((1, 1, 0, 5), "empty_box: [1, 1, 0, 5]"),
         ((1, 1, 5, -2), "empty_box: [1, 1, 5, -2]"),
+        ((0, 0, 1e-200, 1e-200), "empty_box: [0, 0, 9.9999999999999998e-201, 9.9999999999999998e-201]"),  # no area
+        ((-5, 0, 5 + 1e-15, 1e-315), "empty_box"),  # no area within the image
         ((100, 1, 5, 5), "outside: [100, 1, 5, 5] in an image of 100 x 50 pixels"),
         ((-5, 1, 5, 5), "outside"),
         ((1e6, 1e6, 5, 5), "outside"),
@@ -155,6 +157,51 @@ def test_images_that_cannot_be_used_reject_their_boxes_only(tmp_path, image, rea
 def test_unusual_names_are_taken_as_they_are(tmp_path, name):
     index = build(tmp_path, [box(1)], [{**IMAGES[0], "file_name": name}])
     assert index.read_shard(0)["file_name"].to_pylist() == [name]
+
+
+LONE = "\ud800"
+"""Half a character, which JSON can spell and UTF-8 cannot."""
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        ({"id": LONE}, "bad_id: \\ud800"),
+        ({"bbox": LONE}, "bad_bbox: \\ud800"),
+        ({"bbox": [LONE, 1, 2, 3]}, 'bad_bbox: ["\\ud800", 1, 2, 3]'),
+        ({"category_id": LONE}, "bad_category: \\ud800"),
+        ({"image_id": LONE}, "bad_image_id: \\ud800"),
+    ],
+)
+def test_half_a_character_costs_its_annotation_only(tmp_path, annotation, reason):
+    index = build(tmp_path, [{**box(1), **annotation}, box(2), LONE])
+    assert rejected(index) == {0: reason, 2: "not_an_object: \\ud800"}
+    assert [item["id"] for _, item in all_boxes(index)] == [2]
+
+
+def test_half_a_character_in_a_file_name_costs_its_image_only(tmp_path):
+    index = build(tmp_path, [box(1), box(2, image_id=2)], [{**IMAGES[0], "file_name": f"../{LONE}.jpg"}, IMAGES[1]])
+    assert rejected(index) == {0: "unsafe_path: ../\\ud800.jpg"}
+    assert [item["id"] for _, item in all_boxes(index)] == [2]
+
+
+def test_half_a_character_elsewhere_costs_nothing(tmp_path):
+    more = {"info": {LONE: LONE}, "licenses": [{"name": LONE}], f"mine{LONE}": LONE}
+    categories = [{"id": 3, "name": LONE, LONE: 1}, {"id": 4, "name": "cat"}]
+    images = [{**IMAGES[0], "note": LONE}, IMAGES[1]]
+    path = write(tmp_path, [box(1, note=LONE), box(2, **{LONE: 1})], images, categories=categories, **more)
+    index = build_index(path, str(tmp_path / "index"))
+    assert index.summary.categories == open_index(index.folder).summary.categories == {3: "\\ud800", 4: "cat"}
+    assert [json.loads(item["carried"]) for _, item in all_boxes(index)] == [{"note": LONE}, {LONE: 1}]
+    with open(index.rest_path) as file:
+        assert json.load(file) == {"images": images, "categories": categories, **more}
+
+
+def test_a_category_whose_id_is_beyond_all_bounds_counts_for_nothing(tmp_path):
+    path = write(tmp_path, [box(1)], categories=[{"id": "#", "name": "x"}, *CATEGORIES])
+    (tmp_path / "in.json").write_text((tmp_path / "in.json").read_text().replace('"#"', "1" * 5000))
+    index = build_index(path, str(tmp_path / "index"))
+    assert (index.summary.categories, index.summary.boxes) == ({3: "cat"}, 1)
 
 
 def test_ids(tmp_path):

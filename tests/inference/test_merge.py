@@ -84,7 +84,7 @@ def test_by_default_rles_and_no_quality(merged):
     assert set(found) == {10, 11, 12, 13}
     for annotation, disc in zip(found.values(), DISCS, strict=True):
         np.testing.assert_array_equal(coco_mask.decode(annotation["segmentation"]), disc)
-        assert not {"quality", "low_quality"} & set(annotation)
+        assert not {"quality", "low_quality"} & set(annotation) or annotation["id"] == 10
     assert found[10]["note"] == "kept"
     assert found[11]["score"] == pytest.approx(0.6)
     assert (counts.labelled, counts.clipped, counts.low_quality) == (3, 1, 0)
@@ -102,13 +102,26 @@ def test_polygons_and_an_rle_for_the_empty_mask(merged):
         assert not union or (back & disc).sum() / union >= 0.98
 
 
+def test_the_inputs_own_fields_give_way_only_to_ours_of_the_same_name(merged):
+    """An annotation of the input has a quality and a low_quality, of an earlier labelling or of another tool."""
+
+    def kept(**options):
+        found, *_ = merged(**options)
+        return {name: found[10].get(name) for name in ("quality", "low_quality", "note")}
+
+    assert kept() == {"quality": 7, "low_quality": True, "note": "kept"}
+    assert kept(dump_quality=True) == {"quality": pytest.approx(0.9), "low_quality": True, "note": "kept"}
+    assert kept(min_quality=0.5) == {"quality": 7, "low_quality": None, "note": "kept"}
+    assert kept(min_quality=0.5, drop_low_quality=True) == {"quality": 7, "low_quality": True, "note": "kept"}
+
+
 def test_quality_on_request(merged):
     found, *_ = merged(dump_quality=True)
     assert [a.get("quality") for a in found.values()] == [pytest.approx(0.9), pytest.approx(0.4), 0.0, None]
 
 
 def test_low_quality_is_marked_and_counted(merged):
-    found, booked, counts, _ = merged(min_quality=0.5)
+    found, booked, counts, _ = merged(min_quality=0.5)  # of the input's own marks none is left
     assert [k for k, a in found.items() if a.get("low_quality")] == [11, 12]
     assert (counts.labelled, counts.clipped, counts.low_quality, counts.rejected.total()) == (3, 1, 2, 0)
     assert (booked[11]["outcome"], booked[11]["reason"]) == ("clipped", "low_quality: 0.4")
@@ -121,6 +134,16 @@ def test_low_quality_is_dropped_and_counted(merged):
     assert counts.rejected == {"low_quality": 2}
     assert (counts.labelled, counts.clipped, counts.low_quality) == (2, 0, 0)
     assert booked[12]["outcome"] == "rejected"
+
+
+def test_a_reason_of_several_lines_is_counted_under_its_code(tmp_path):
+    wrong = {"id": "a\nb: c", "image_id": 1, "category_id": 1, "bbox": [0, 0, 8, 6]}
+    (tmp_path / "in.json").write_text(json.dumps({"images": [], "annotations": [wrong], "categories": []}))
+    index = build_index(str(tmp_path / "in.json"), str(tmp_path / "index"))
+    counts = merge(index, [], str(tmp_path / "labels.json"), str(tmp_path / "ledger.parquet"))
+    assert counts.rejected == index.summary.rejected == {"bad_id": 1}
+    (booked,) = pq.read_table(tmp_path / "ledger.parquet").to_pylist()
+    assert booked["reason"] == "bad_id: a\nb: c"
 
 
 def test_a_quality_at_the_limit_is_not_low(merged):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import os
 import random
@@ -13,11 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mal import masks, rows
 from mal.boxes import Window
 from mal.data.index import build_index
 from mal.errors import StorageError
+from mal.inference import merge as merge_module
 from mal.inference.annotations import OutputOptions, annotation_texts
 from mal.inference.merge import merge
 
@@ -113,6 +117,33 @@ def test_a_disk_that_fills_up_while_merging_leaves_the_old_file_and_the_next_mer
     assert len(json.loads(labels.read_text())["annotations"]) == 38
 
 
+@pytest.mark.parametrize("ending", [".json", ".json.gz"])
+def test_the_file_is_json_wherever_the_blocks_end_that_the_rest_of_the_input_is_copied_in(
+    run, tmp_path, monkeypatch, ending
+):
+    run(tmp_path / "whole.json")
+    expected = (tmp_path / "whole.json").read_bytes()
+    size = (tmp_path / "index" / "rest.json").stat().st_size
+    for block in [1, 2, 7, size // 2, *range(size - 3, size + 2)]:
+        monkeypatch.setattr(merge_module, "COPIED_BYTES", block)
+        path = tmp_path / f"labels{ending}"
+        run(path)
+        text = path.read_bytes() if ending == ".json" else gzip.decompress(path.read_bytes())
+        assert text == expected, f"blocks of {block} bytes"
+
+
+@given(members=st.integers(0, 3), space=st.text(" \t\r\n", max_size=5), block=st.integers(1, 40))
+def test_an_object_stays_open_whatever_follows_its_end(tmp_path_factory, members, space, block):
+    path = tmp_path_factory.mktemp("rest") / "rest.json"
+    document = {f"m{k}": k for k in range(members)}
+    path.write_bytes(json.dumps(document).encode() + space.encode())
+    out = io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_module, "COPIED_BYTES", block)
+        merge_module.open_annotations(str(path), out)
+    assert json.loads(out.getvalue() + b"]}") == {**document, "annotations": []}
+
+
 CARRIED = [
     None,
     "{}",
@@ -121,6 +152,7 @@ CARRIED = [
     '{"quality": 0.5, "low_quality": true}',
     '{"\\u0073core": "spelled", "b": "\\u00e9"}',
     '{"ünïcode 图": "图片"}',
+    '{"half": "\\ud800", "\\udfff": 0.1, "score": "high"}',
 ]
 
 
@@ -155,8 +187,8 @@ def test_the_text_of_annotations_is_that_of_their_fields():
         texts = annotation_texts(table.slice(7), OutputOptions(dump_quality=dump)).to_pylist()
         for text, row in zip(texts, table.slice(7).to_pylist(), strict=True):
             expected = json.loads(row["carried"] or "{}")
-            expected.pop("quality", None)
-            expected.pop("low_quality", None)
+            if dump:
+                expected.pop("quality", None)
             expected |= {name: row[name] for name in ("id", "image_id", "category_id", "bbox", "area")}
             expected |= {"iscrowd": 0, "segmentation": {"size": [480, 640], "counts": row["counts"]}}
             for name in ("score", "iou", "quality") if dump else ("score", "iou"):
