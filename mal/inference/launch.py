@@ -7,14 +7,14 @@ from typing import Any
 
 from mal import pretrained, storage
 from mal.errors import MalError
-from mal.inference.merge import MergeCounts, OutputOptions, merge, shards_folder
+from mal.inference.merge import MergeCounts, OutputOptions, merge
 from mal.labelling.actor import ShardLabeler
 from mal.labelling.run import LabelledRun, label_file
 from mal.run.progress import duration
 from mal.run.status import task_status
 from mal.run.summary import write_summary
 from mal.spec.checks import check_task
-from mal.spec.derived import label_dump_path, results_dir
+from mal.spec.derived import label_dump_path, results_dir, shards_folder
 from mal.spec.schema import InferenceSpec, Spec
 
 

@@ -20,6 +20,7 @@ from mal.data.index import Index
 from mal.data.json_stream import JsonFile
 from mal.errors import MalError
 from mal.inference.annotations import OutputOptions, annotation_texts, joined
+from mal.spec.derived import shards_folder
 
 COPIED_BYTES = 8 * 2**20
 """How much of the rest of the input is copied at a time."""
@@ -108,11 +109,6 @@ def _write_files(index: Index, labelled: Iterable[pa.Table], path: str, options:
     with _open_labels(storage.join(folder, f"rest{ending}")) as out:
         _write_kept(index, open_annotations(index.rest_path, out))
         out.write(b"\n]}\n")
-
-
-def shards_folder(label_path: str) -> str:
-    """Where the files of `OutputOptions.per_shard` go: ``labels`` for ``labels.json`` and ``labels.json.gz``."""
-    return label_path.removesuffix(".gz").removesuffix(".json")
 
 
 def _categories(index: Index) -> bytes:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from mal import pretrained, storage
 from mal.architectures import TIMM_PREFIX, get_architecture
 from mal.errors import SpecError, StorageError
-from mal.spec.derived import Action, max_actors, train_workers
+from mal.spec.derived import (
+    SHARD_LABELS,
+    Action,
+    label_dump_path,
+    max_actors,
+    results_dir,
+    shards_folder,
+    train_workers,
+)
 from mal.spec.schema import PoolSpec, Spec
 
 
@@ -15,6 +23,8 @@ def check_task(spec: Spec, action: Action, *, files: bool = True) -> None:
     ``files=False`` does not look for the files: they may be in reach of the cluster only.
     """
     problems = _required(spec, action, files) + _model(spec) + _contradictions(spec)
+    if action == "inference":
+        problems += _overwritten(spec, files)
     if problems:
         raise SpecError(problems)
 
@@ -63,6 +73,48 @@ def _required(spec: Spec, action: Action, look: bool) -> list[str]:
         except StorageError as error:
             problems.append(f"{key} = {path!r}: {error}")
     return problems
+
+
+def _overwritten(spec: Spec, look: bool) -> list[str]:
+    """Problems with inputs of inference that its own files would take the place of; links are followed if ``look``."""
+    settings, problems = spec.inference, []
+    folder, labels = results_dir(spec, "inference"), label_dump_path(spec)
+    key = "results_dir" if settings.results_dir is None else "inference.results_dir"
+    where = f"{key} = {(settings.results_dir or spec.results_dir)!r}"
+    inputs = {
+        "inference.ann_path": settings.ann_path,
+        "inference.images_path": settings.images_path,
+        "inference.checkpoint": settings.checkpoint,
+        "inference.quality_path": settings.quality_path,
+    }
+    for name, path in inputs.items():
+        if path is None:
+            continue
+        if settings.label_files == "one":
+            clash = _same_file(path, labels, look)
+        else:
+            named = SHARD_LABELS.fullmatch(storage.name(path)) and path.endswith(".gz") == labels.endswith(".gz")
+            clash = bool(named) and _same_file(storage.parent(storage.absolute(path)), shards_folder(labels), look)
+        if clash and settings.label_dump_path is not None:
+            shown = settings.label_dump_path
+            problems.append(f"inference.label_dump_path = {shown!r}: it would overwrite {name}; name another file")
+            continue
+        own = [
+            storage.join(folder, file) for file in ("ledger.parquet", "summary.json", "status.json", "manifest.json")
+        ]
+        taken = [labels] if clash else [file for file in own if _same_file(path, file, look)]
+        problems += [f"{where}: {file} would overwrite {name}; choose another folder" for file in taken]
+    return problems
+
+
+def _same_file(one: str, other: str, look: bool) -> bool:
+    """Whether two paths name one file or folder."""
+    if storage.absolute(one) == storage.absolute(other):
+        return True
+    first, second = storage.local_path(one), storage.local_path(other)
+    if not look or first is None or second is None:
+        return False
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def _model(spec: Spec) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from mal import storage
@@ -46,3 +47,12 @@ def label_dump_path(spec: Spec) -> str:
     """Where the merged COCO file of the inference task goes."""
     own = spec.inference.label_dump_path
     return storage.absolute(own or storage.join(results_dir(spec, "inference"), "labels.json"))
+
+
+def shards_folder(label_path: str) -> str:
+    """Where the COCO files per shard go: ``labels`` for ``labels.json`` and ``labels.json.gz``."""
+    return label_path.removesuffix(".gz").removesuffix(".json")
+
+
+SHARD_LABELS = re.compile(r"(part-\d{6,}|rest)\.json(\.gz)?")
+"""Names of the files in it."""

@@ -61,6 +61,53 @@ def test_a_mistake_is_named(complete, override, problem):
         check_task(load_spec(None, overrides), "inference")
 
 
+@pytest.mark.parametrize("task", ["inference.ann_path", "inference.images_path", "inference.quality_path"])
+@pytest.mark.parametrize("spelling", ["{}/in.json", "file://{}/in.json", "{}/x/../in.json", "{}/linked.json"])
+@pytest.mark.parametrize("look", [True, False])
+def test_labels_that_would_overwrite_an_input_are_refused(complete, tmp_path, task, spelling, look):
+    (tmp_path / "in.json").write_text("{}")
+    (tmp_path / "linked.json").symlink_to(tmp_path / "in.json")
+    path = spelling.format(tmp_path)
+    spec = load_spec(None, [*complete, f"{task}={tmp_path}/in.json", f"inference.label_dump_path={path}"])
+    if "linked" in spelling and not look:  # what a link means only the machine knows that has it
+        check_task(spec, "inference", files=look)
+        return
+    with pytest.raises(SpecError) as error:
+        check_task(spec, "inference", files=look)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"inference.label_dump_path = {path!r}: it would overwrite {task}; name another file")
+
+
+@pytest.mark.parametrize("name", ["labels.json", "ledger.parquet", "status.json", "manifest.json"])
+def test_a_results_folder_whose_files_would_overwrite_an_input_is_refused(complete, tmp_path, name):
+    folder = tmp_path / "results" / "inference"
+    folder.mkdir(parents=True)
+    (folder / name).write_text("{}")
+    overrides = [*complete, f"inference.ann_path={folder / name}"]
+    with pytest.raises(SpecError, match=rf"^results_dir = .*{name} would overwrite inference.ann_path; choose another"):
+        check_task(load_spec(None, [*overrides, f"results_dir={tmp_path}/results"]), "inference")
+    with pytest.raises(SpecError, match=r"inference\.results_dir = .* would overwrite inference.ann_path"):
+        check_task(load_spec(None, [*overrides, f"inference.results_dir={folder}"]), "inference")
+    check_task(load_spec(None, [*overrides, f"results_dir={tmp_path}/other"]), "inference")
+
+
+@pytest.mark.parametrize("name", ["rest.json", "part-000012.json"])
+def test_files_of_shards_that_would_overwrite_an_input_are_refused(complete, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    overrides = [*complete, f"inference.ann_path={tmp_path}/out/{name}", "inference.label_files=shards"]
+    with pytest.raises(SpecError, match=r"out\.json': it would overwrite inference.ann_path; name another"):
+        check_task(load_spec(None, [*overrides, f"inference.label_dump_path={tmp_path}/out.json"]), "inference")
+    check_task(load_spec(None, [*overrides, f"inference.label_dump_path={tmp_path}/out.json.gz"]), "inference")
+    check_task(load_spec(None, [*overrides, f"inference.label_dump_path={tmp_path}/out/{name}"]), "inference")
+
+
+def test_labels_that_would_overwrite_an_object_of_a_store_are_refused(complete):
+    overrides = [*complete, "inference.ann_path=s3://bucket/a.json", "inference.label_dump_path=s3://bucket/a.json"]
+    with pytest.raises(SpecError, match=r"it would overwrite inference\.ann_path"):
+        check_task(load_spec(None, overrides), "inference", files=False)
+
+
 def test_the_command_reports_all_mistakes_with_exit_code_2_before_anything_starts(tmp_path, capsys):
     (tmp_path / "spec.yaml").write_text("model:\n  arch: nothing\n")
     assert main(["train", "-e", str(tmp_path / "spec.yaml"), "dataset.crop_size=33", f"results_dir={tmp_path}/r"]) == 2
