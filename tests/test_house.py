@@ -13,6 +13,7 @@ from readme_parts import ROOT, filled
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "rows", "architectures", "boxes", "crops", "masks", "metrics", "storage"), 0),
     **dict.fromkeys(("encryption", "quality", "postprocess", "polygons", "pretrained"), 0),
+    **dict.fromkeys(("resizing", "resizing_compiled"), 0),
     "spec": 1,
     "data": 2,
     "model": 2,

@@ -69,8 +69,7 @@ def label_file(
     if not begun_with(folder, keys) and labeler.load is ShardLabeler.load:  # others need not have a network
         _tell(status, check_checkpoint(spec, pool))  # before the folder is bound to what may have to be corrected
     claim(folder, keys)
-    index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask)
-    _check_index(index, keys["input"], ann_path)
+    index = _index(spec, pool, storage.join(folder, "index"), ann_path, images_path, load_mask, keys["input"])
     stages.done("index")
     total = index.summary.boxes
     shards_folder = storage.join(folder, "shards")
@@ -135,25 +134,28 @@ def run_keys(
     return {**keys, "load_mask": load_mask}
 
 
-def _index(spec: Spec, pool: PoolSpec, folder: str, ann_path: str, images_path: str | None, load_mask: bool) -> Index:
-    """The run's index. One that is there is kept, whatever `shard_boxes` says now: finished shards are cut by it."""
+def _index(
+    spec: Spec, pool: PoolSpec, folder: str, ann_path: str, images_path: str | None, load_mask: bool, wanted: str
+) -> Index:
+    """The run's index. One that is there is kept, whatever `shard_boxes` says now: finished shards are cut by it.
+
+    Raises:
+        InputError: the input's content is no longer the one with the fingerprint ``wanted``.
+    """
     if storage.exists(storage.join(folder, SUMMARY_FILE)):
-        return open_index(folder)
-    return build_index(
-        ann_path,
-        folder,
-        images_path=images_path,
-        load_mask=load_mask,
-        shard_boxes=pool.shard_boxes,
-        max_image_pixels=spec.dataset.max_image_pixels,
-        progress=lambda line: print(line, flush=True),
-    )
-
-
-def _check_index(index: Index, wanted: str, ann_path: str) -> None:
-    """Raises InputError if the index is of another content than the folder is bound to."""
+        index = open_index(folder)
+    else:
+        index = build_index(
+            ann_path,
+            folder,
+            images_path=images_path,
+            load_mask=load_mask,
+            shard_boxes=pool.shard_boxes,
+            max_image_pixels=spec.dataset.max_image_pixels,
+            progress=lambda line: print(line, flush=True),
+        )
     if index.summary.fingerprint == wanted:
-        return
+        return index
     storage.delete(index.folder)
     raise InputError(
         f"{ann_path} changed while it was read; when it is complete, run again with another results_dir, or delete this"
