@@ -76,7 +76,8 @@ _DETAIL = 200
 class ShardLabeler:
     """Labels the shards it is given and writes each to its parquet file.
 
-    `load` and `decode` may be replaced in a subclass: benchmarks have no network or no images, tests bad ones.
+    `load` and `decode` may be replaced in a subclass: benchmarks have no network or no images, tests bad ones. What Ray
+    hands to ``__init__`` is sealed; after that of this class there is ``self.task``.
     """
 
     def __init__(self, task: LabelTask | Sealed) -> None:

@@ -51,7 +51,7 @@ class Slow(ShardLabeler):
 
     def __init__(self, task: LabelTask) -> None:
         super().__init__(task)
-        folder = Path(task.shards_folder).parent / "pids"
+        folder = Path(self.task.shards_folder).parent / "pids"
         folder.mkdir(exist_ok=True)
         (folder / str(os.getpid())).touch()
 
