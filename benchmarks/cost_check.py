@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cost_simulator import Costs, Fleet, simulate
 from index_speed import write_input
 from labelling_overhead import FullBoxes, NullLabeler
 
 from mal.labelling.run import label_file
-from mal.predictor import BoxItem, MaskResult, Predictor
+from mal.predictor import BoxItem, Predictor
 from mal.run.cluster import connected
 from mal.run.status import StatusLog
 from mal.spec.load import load_spec
@@ -33,9 +34,9 @@ SHARD_BOXES = 70
 class Sleeping(FullBoxes):
     """As long as a network would take; the masks are the boxes."""
 
-    def predict(self, items: Sequence[BoxItem]) -> list[MaskResult]:
-        time.sleep(BOX_SECONDS * len(items))
-        return super().predict(items)
+    def answer(self, crops: Sequence[BoxItem]) -> Any:
+        time.sleep(BOX_SECONDS * len(crops))
+        return super().answer(crops)
 
 
 class SleepingLabeler(NullLabeler):
@@ -100,6 +101,8 @@ def calibrated(short: Measured) -> Costs:
     """The costs that a short run with one actor shows."""
     period = (short.ends[-1] - short.ends[0]) / (len(short.ends) - 1)
     shard_s = period - SHARD_BOXES * BOX_SECONDS
+    if shard_s < 0:
+        raise AssertionError(f"a shard took {period:.2f} s: the actors do not sleep, and nothing is measured")
     return Costs(BOX_SECONDS * 1000, shard_s=shard_s, start_s=short.first, start_cpu_s=short.first)
 
 
