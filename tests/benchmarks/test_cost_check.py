@@ -39,4 +39,4 @@ def test_the_actors_sleep_as_long_as_a_network_takes(cost_check):
 
 def test_a_run_in_which_nobody_slept_calibrates_nothing(cost_check):
     with pytest.raises(AssertionError, match="the actors do not sleep"):
-        cost_check.calibrated(cost_check.Measured(1.0, [0.1 * k for k in range(5)], 0.0))
+        cost_check.calibrated(cost_check.Measured(1.0, [0.1 * k for k in range(5)], 0.0, 5 * 70))
