@@ -4,7 +4,8 @@
     python benchmarks/cost_simulator.py --check      real runs with 1, 2 and 4 local actors against the simulation
 
 Give it what was measured on your own images: `mal inference --dry-run` and `labelling_overhead.py` print the costs per
-box. The defaults are placeholders, not measurements. `--check` needs no GPU: its actors sleep in place of a network.
+box. The defaults for decoding, shards and driver are measured (`README.md` here, images of COCO's size); those for the
+network, starts, prices and interruptions are placeholders. `--check` needs no GPU: its actors sleep in place of a network.
 """
 
 from __future__ import annotations
@@ -224,10 +225,10 @@ def main() -> None:
     add("--gpus-per-node", type=int, default=1)
     add("--cpus", type=float, default=8, help="CPUs for decoding, for every GPU (%(default)g)")
     add("--network-ms", type=float, default=15, help="a box (%(default)g)")
-    add("--decode-ms", type=float, default=8, help="of a CPU, a box (%(default)g)")
-    add("--shard-s", type=float, default=0.1, help="overhead of a shard (%(default)g)")
+    add("--decode-ms", type=float, default=0.6, help="of a CPU, a box (%(default)g)")
+    add("--shard-s", type=float, default=0.05, help="overhead of a shard (%(default)g)")
     add("--start-s", type=float, default=20, help="start of an actor (%(default)g)")
-    add("--driver-us", type=float, default=40, help="index and merge, a box (%(default)g)")
+    add("--driver-us", type=float, default=10, help="index and merge, a box (%(default)g)")
     add("--gpu-price", type=float, default=1.0, help="a GPU with its CPUs, on demand, an hour (%(default)g)")
     add("--spot-price", type=float, default=0.4, help="the same on spot (%(default)g)")
     add("--head-price", type=float, default=0.2, help="an hour (%(default)g)")
