@@ -5,7 +5,7 @@
 
 Give it what was measured on your own images: `mal inference --dry-run` and `labelling_overhead.py` print the costs per
 box. The defaults for decoding, shards and driver are measured (`README.md` here, images of COCO's size); those for the
-network, starts, prices and interruptions are placeholders. `--check` needs no GPU: its actors sleep in place of a network.
+network, starts, prices and interruptions are placeholders. `--check` needs no GPU: its actors sleep instead.
 """
 
 from __future__ import annotations
